@@ -57,7 +57,7 @@ class Config:
     """
 
     attn: str = "mfa"  # fpba, mha, mqa, gqa, mla, mfa or mfa_kr
-    vocab_size: int = 65  # tokens in the vocabulary
+    vocab_size: int = 65  # tokens in the vocabulary (train.py: 0 takes the tokenizer's)
     block_size: int = 64  # context: the most tokens a forward pass takes
     n_layer: int = 4  # blocks
     dim: int = 128  # H: residual width

@@ -1,0 +1,100 @@
+"""Generate text from a checkpoint of train.py: python sample.py --prompt "ROMEO:"
+
+The checkpoint holds config and tokenizer, so nothing else is needed. The text streams as it is made; the last line
+says how fast it was and how large the cache.
+"""
+
+import codecs
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mfa import ATTENTION
+from prepare_data import BadInput, run_command, tokenizer_from
+from train import load_checkpoint, model_from, pick_device
+
+
+@dataclass
+class Sample:
+    """Generate text from a checkpoint of train.py."""
+
+    checkpoint: Path | None = None
+    """A best.pt or latest.pt; default: the newest below ./out."""
+    prompt: str = ""
+    """Text to go on from; empty: a new document, or a new line where the tokenizer knows no documents."""
+    max_new_tokens: int = 500
+    """Tokens to make for each sample."""
+    temperature: float = 0.8
+    """Below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw from this many likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens whose probability reaches this."""
+    num_samples: int = 1
+    """How many texts."""
+    seed: int = 1337
+    """Of the draws; sample k uses seed + k."""
+    cache: bool = True
+    """Keep keys and values; --no-cache recomputes them for every token: the same text, slower."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps ..."""
+
+
+def newest_checkpoint(out: Path = Path("out")) -> Path:
+    """The best.pt (or latest.pt) below out that was written last."""
+    found = [*out.glob("*/best.pt")] or [*out.glob("*/latest.pt")]
+    if not found:
+        raise BadInput(f"no checkpoint below {out}: train one with python train.py, or name one with --checkpoint")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def main(args: Sample) -> None:
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.temperature < math.inf:
+        raise BadInput(f"--temperature must be 0 (greedy) or positive, not {args.temperature}")
+    if args.top_k is not None and args.top_k < 1:
+        raise BadInput(f"--top_k must be at least 1, not {args.top_k}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise BadInput(f"--top_p must be in (0, 1], not {args.top_p}")
+    path, device = args.checkpoint or newest_checkpoint(), pick_device(args.device)
+    ckpt = load_checkpoint(path)
+    model, tokenizer = model_from(ckpt, path, device).eval(), tokenizer_from(ckpt["tokenizer"])
+    cfg = model.cfg
+    if args.prompt:
+        prompt = tokenizer.encode(args.prompt).tolist()
+    else:
+        prompt = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode("\n").tolist()
+    if len(prompt) > cfg.block_size:
+        raise BadInput(f"--prompt has {len(prompt)} tokens; the model's context is {cfg.block_size}: shorten it")
+    print(f"{path}: {cfg.attn}, step {ckpt['step']}, best validation loss {ckpt['best_loss']:.4f}\n", flush=True)
+
+    idx, seconds = torch.tensor([prompt], device=device), 0.0
+    for k in range(args.num_samples):
+        generator = torch.Generator(device).manual_seed(args.seed + k)
+        stream = model.stream(
+            idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.cache, generator
+        )
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
+        sys.stdout.write(args.prompt)
+        clock = time.perf_counter()
+        for token in stream:
+            sys.stdout.write(decoder.decode(tokenizer.to_bytes([token.item()])))
+            sys.stdout.flush()
+        seconds += time.perf_counter() - clock
+        sys.stdout.write(decoder.decode(b"", final=True) + "\n" + "-" * 40 + "\n")
+
+    made = args.num_samples * args.max_new_tokens
+    tokens = min(cfg.block_size, len(prompt) + args.max_new_tokens)
+    size = tokens * cfg.n_layer * ATTENTION[cfg.attn].counts(cfg).kv_cache * model.embed.weight.element_size()
+    kept = f"cache {size:,} bytes for {tokens:,} tokens" if args.cache else "no cache"
+    print(f"{made:,} tokens in {seconds:.2f} s, {made / seconds:,.0f} tokens/s, {kept}")
+
+
+if __name__ == "__main__":
+    run_command(main, Sample)

@@ -1,0 +1,617 @@
+"""Train a language model with any of the seven attentions: python train.py --attn mfa_kr
+
+The paper's recipe (Section 4.1): AdamW (0.9, 0.95), eps 1e-8, weight decay 0.1 on matrices, clipping at 1.0, linear
+warm-up, cosine decay to 1e-5. Attentions are compared at equal parameters: the FFN takes what the attention saves.
+
+A run lives in one folder, out/<preset>-<attn> unless --out says otherwise:
+
+    latest.pt, best.pt    all that is needed to go on (--resume) or to sample: weights, optimizer, config, tokenizer
+    metrics.jsonl         one object a line; validation rows have step, val_loss (nats per token) and val_bpb
+    loss.png              the curves
+
+Everything random in step s is drawn from (seed, s), so a run that was stopped and resumed, on any number of
+processes, sees the same batches as one that was not. torchrun --nproc_per_node=N train.py ... shares each batch out.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from mfa import ATTENTION, GPT, PRESETS, Config, preset  # noqa: F401 (PRESETS: for those who look for it here)
+from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_from
+
+FORMAT = 1  # of a checkpoint; raised when old ones can no longer be read
+
+
+@dataclass
+class Train:
+    """Train a language model with any of the seven attentions and compare them at equal parameters."""
+
+    model: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    preset: Literal["tiny", "baby", "small", "paper-1b", "paper-7b"] = "tiny"
+    """Model size and recipe that all other flags start from."""
+    dataset: str = "shakespeare"
+    """Corpus, as in prepare_data.py, which is run when its data is missing."""
+    file: str | None = None
+    """Your own text, a file or a folder, instead of a corpus."""
+    tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "char"
+    """char, byte, bpe (trained on the text, with --vocab_size) or gpt2."""
+    out: Path | None = None
+    """Folder of the run; default out/<preset>-<attn>."""
+    resume: bool = False
+    """Go on from latest.pt in --out; flags that are not given are taken from there."""
+    overwrite: bool = False
+    """Replace the run that --out holds."""
+    data_dir: Path = DATA
+    """Where prepared corpora are kept."""
+
+    max_iters: int = 2000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences per step, over all processes and accumulation steps."""
+    grad_accum: int = 1
+    """Pieces each process cuts its share of the batch into, to save memory."""
+    learning_rate: float = 3e-3
+    """Peak, after the warm-up."""
+    min_lr: float = 1e-5
+    """End of the cosine decay."""
+    warmup_iters: int = 100
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """On matrices; gains and gates have none."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0: not clipped."""
+    match_params: bool = True
+    """Choose the FFN width so that the total parameters equal those of MHA (fpba excepted)."""
+
+    eval_interval: int = 250
+    """Steps between evaluations, each a sweep over the whole validation split, and checkpoints."""
+    eval_tokens: int = 0
+    """Evaluate on this many validation tokens, always the same; 0: all of them."""
+    log_interval: int = 50
+    """Steps between lines on the terminal."""
+    seed: int = 1337
+    """Of the weights and the batches."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps ..."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the matrix products; the weights stay float32. auto: bfloat16 where the GPU has it, else float32."""
+    compile: bool = False
+    """torch.compile: half a minute first, faster steps after it on a GPU, where it is the default."""
+
+
+# What each preset's recipe changes in the defaults above.
+RECIPES = {
+    "tiny": {},
+    "baby": dict(batch_size=64, max_iters=2500, learning_rate=2e-3, eval_interval=125),
+    "small": dict(batch_size=512, grad_accum=16, max_iters=20_000, learning_rate=6e-4, warmup_iters=700),
+    "paper-1b": dict(batch_size=24, grad_accum=24, max_iters=50_000, learning_rate=9.63e-4, warmup_iters=2000),
+    "paper-7b": dict(batch_size=448, grad_accum=448, max_iters=140_000, learning_rate=8.4e-4, warmup_iters=2000),
+}
+# Flags that may change when a run is resumed; a change of any other would make it another run.
+FREE = {"resume", "overwrite", "out", "data_dir", "max_iters", "grad_accum", "eval_interval", "log_interval", "device",
+        "dtype", "compile"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def count_params(cfg: Config) -> int:
+    """Parameters of the whole model, counted on tensors that take no memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(cfg).parameters())
+
+
+def mha_of(cfg: Config) -> Config:
+    """The MHA model that cfg is compared with."""
+    return replace(cfg, attn="mha", n_head=0)
+
+
+def match_params(cfg: Config) -> Config:
+    """cfg with the FFN (or routed expert) width at which its total parameters equal its MHA model's, within 1%.
+
+    A width already that close stays (Table 7 brings its own). Raises ValueError if the attention alone is too large.
+    """
+    name, width = ("moe_ffn_dim", cfg.moe_ffn_dim) if cfg.n_expert else ("ffn_dim", cfg.ffn)
+    want, have = count_params(mha_of(cfg)), count_params(cfg)
+    if abs(have - want) < 0.005 * want:
+        return cfg
+    unit = count_params(replace(cfg, **{name: width + 1})) - count_params(replace(cfg, **{name: width}))
+    exact = width + (want - have) / unit
+    for multiple in (64, 8, 1):  # round widths suit the matrix units, where there is room for them
+        rounded = max(multiple, round(exact / multiple) * multiple)
+        if abs(rounded - exact) * unit < 0.008 * want:
+            return replace(cfg, **{name: rounded})
+    raise ValueError(f"no {name} gives {cfg.attn} MHA's {want:,} parameters: make the attention smaller, or --no-match_params")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: one long tensor of ids, on the device if it fits
+
+
+def as_tensor(ids: np.ndarray, device: torch.device) -> Tensor:
+    """The memory-mapped ids as a tensor of the same bytes: in a GPU's memory up to a quarter of it, else left on disk."""
+    signed = torch.from_numpy(ids.view(f"i{ids.itemsize}"))  # torch cannot index uint16; `window` undoes the sign
+    if device.type == "cuda" and ids.nbytes < torch.cuda.get_device_properties(device).total_memory / 4:
+        return signed.to(device)
+    return signed
+
+
+def window(ids: Tensor, starts: Tensor, length: int, device: torch.device) -> Tensor:
+    """ids[s : s + length] for each s of starts (B,): (B, length), int64."""
+    at = starts.to(ids.device, non_blocking=True)[:, None] + torch.arange(length, device=ids.device)  # (B, length)
+    tokens = ids[at].to(device, non_blocking=True).long()
+    return tokens & 0xFFFF if ids.dtype == torch.int16 else tokens
+
+
+def batch_starts(args: Train, step: int, n_tokens: int) -> Tensor:
+    """Where the sequences of a step begin, whatever has run before: (batch_size,)."""
+    g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    return torch.randint(n_tokens - args.model.block_size, (args.batch_size,), generator=g)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, ids: Tensor, device: torch.device, autocast, rank: int = 0, world: int = 1) -> float:
+    """Mean cross-entropy in nats per token over all of ids but its first, in windows of block_size side by side."""
+    T, training = model.cfg.block_size, model.training
+    rows = max(1, 16384 // T)
+    n_window = math.ceil((len(ids) - 1) / T)
+    total, count = torch.zeros((), device=device, dtype=torch.float64 if device.type != "mps" else None), 0
+    model.eval()
+    for first in range(rank * rows, n_window, world * rows):
+        starts = torch.arange(first, min(first + rows, n_window)) * T
+        short = int(starts[-1]) + T + 1 - len(ids)  # the last window may reach over the end: its tokens there count -1
+        if short > 0:
+            starts[-1] -= short
+        tokens = window(ids, starts, T + 1, device)
+        targets = tokens[:, 1:].clone()
+        if short > 0:
+            targets[-1, :short] = -1  # seen by the window before
+        with autocast():
+            loss = model(tokens[:, :-1], targets)[1]
+        n = targets.numel() - max(short, 0)
+        total, count = total + loss * n, count + n
+    model.train(training)
+    if world > 1:
+        both = torch.stack((total, torch.full_like(total, count)))
+        dist.all_reduce(both)
+        total, count = both[0], both[1].item()
+    return total.item() / count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def write_atomically(path: Path, write) -> None:
+    """write(file) into a neighbour of path, flushed to the disk, then renamed: path is whole or not there."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, map_location="cpu") -> dict:
+    """What `train` saved. Nothing in the file is executed. Raises BadInput if it is not a checkpoint of this version."""
+    if not path.is_file():
+        raise BadInput(f"no checkpoint at {path}: train one with python train.py, or give its path")
+    try:
+        ckpt = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, AttributeError) as e:
+        what = (str(e) or "it is empty").splitlines()[0]
+        raise BadInput(f"{path} is not a checkpoint of train.py, or a damaged one: {what}") from e
+    found = ckpt.get("format") if isinstance(ckpt, dict) else type(ckpt).__name__
+    if found != FORMAT:
+        raise BadInput(f"{path} is of format {found}, not {FORMAT}: train it again with this train.py")
+    return ckpt
+
+
+def model_from(ckpt: dict, path: Path, device: torch.device) -> GPT:
+    """The model of a checkpoint. Raises BadInput when weights and config do not belong together."""
+    try:
+        model = GPT(Config(**ckpt["config"]))
+        model.load_state_dict(ckpt["model"])
+    except (RuntimeError, ValueError, TypeError, KeyError) as e:
+        raise BadInput(f"{path} does not fit its own config: {str(e).splitlines()[-1].strip()}") from e
+    return model.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called name; for "auto", what this machine has: cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise BadInput(f"--device {name}: not on this machine; --device auto takes what there is") from e
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if fast else "float32"
+    return getattr(torch, name)
+
+
+def can_compile(device: torch.device) -> bool:
+    """torch.compile pays on a GPU; it needs Triton (not on Windows) and compute capability 7."""
+    found = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return found and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def defaults(argv: list[str]) -> Train:
+    """What the flags start from: the preset's sizes and recipe or, with --resume, the stopped run's own flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, default in dict(preset="tiny", attn="mfa", out=None, device="auto").items():
+        first.add_argument(f"--{name}", default=default)
+    first.add_argument("--resume", action="store_true")
+    given = first.parse_known_args(argv)[0]
+    latest = Path(given.out or f"out/{given.preset}-{given.attn}") / "latest.pt"
+    if given.resume and latest.is_file():
+        return unpack_args(load_checkpoint(latest)["args"])
+    try:
+        model = preset(given.preset, given.attn, vocab_size=0)
+    except ValueError as e:
+        raise BadInput(f"--{e}") from e
+    compile = can_compile(pick_device(given.device))
+    return Train(model=model, preset=given.preset, compile=compile, **RECIPES[given.preset])
+
+
+def pack_args(args: Train) -> dict:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def unpack_args(saved: dict) -> Train:
+    paths = {k: saved[k] and Path(saved[k]) for k in ("out", "data_dir")}
+    return Train(**{**saved, **paths, "model": Config(**saved["model"])})
+
+
+def check(args: Train) -> None:
+    for name in ("max_iters", "batch_size", "grad_accum", "eval_interval", "log_interval", "learning_rate"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise BadInput(f"--{name} must be positive, not {getattr(args, name)}")
+    for name in ("min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_tokens", "seed"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise BadInput(f"--{name} must not be negative, not {getattr(args, name)}")
+
+
+def learning_rate(step: int, args: Train) -> float:
+    """Linear warm-up to the peak, then a cosine to min_lr at max_iters."""
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / args.warmup_iters
+    done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
+    return args.min_lr + (args.learning_rate - args.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_optimizer(model: GPT, args: Train, device: torch.device) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=device.type in ("cuda", "cpu"))
+
+
+def compare(ckpt: dict, args: Train, cfg: Config, source: dict, path: Path) -> None:
+    """BadInput if these flags, this model or this text are not those of the checkpoint."""
+    old = {**ckpt["args"], **ckpt["config"], "text": ckpt["data"]}
+    new = {**pack_args(args), **asdict(cfg), "text": source}
+    changed = [k for k in new if k not in FREE | {"model"} and old.get(k) != new[k]]
+    if changed:
+        what = ", ".join(f"{k} was {old.get(k)!r} and is now {new[k]!r}" for k in changed)
+        raise BadInput(f"--resume: {path} is of another run: {what}; leave them as they were, or give another --out")
+
+
+def cut_back(metrics: Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl that lie beyond step (and a last line cut short by a crash)."""
+    if metrics.exists():
+        rows = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        keep = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step]
+        write_atomically(metrics, lambda f: f.write("".join(keep).encode()))
+
+
+def cache_bytes(cfg: Config) -> int:
+    """Cache of the whole model per token, in bytes at 16 bit."""
+    return 2 * cfg.n_layer * ATTENTION[cfg.attn].counts(cfg).kv_cache
+
+
+def cache_line(cfg: Config) -> str:
+    ours, mha = cache_bytes(cfg), cache_bytes(mha_of(cfg))
+    return f"cache: {ours:,} bytes per token at 16 bit, {ours / mha:.2%} of MHA's {mha:,}"
+
+
+def span(seconds: float) -> str:
+    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def stop_unless_finite(value: float, what: str, step: int, latest: Path) -> None:
+    if not math.isfinite(value):
+        raise SystemExit(
+            f"{what} is {value} at step {step}: stopped. {latest} holds the last good state. Try half the --learning_rate, "
+            f"a longer --warmup_iters, or --dtype float32, with another --out"
+        )
+
+
+class Stop:
+    """Catches SIGINT and SIGTERM: the step is finished and saved first. A second Ctrl-C ends at once."""
+
+    def __enter__(self):
+        self.signal, self.before = 0, {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self, device: torch.device, world: int) -> int:
+        """The signal, if any process got one."""
+        if world > 1:
+            flag = torch.tensor(self.signal, device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signal = int(flag)
+        return self.signal
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(args: Train) -> dict:
+    """Run or resume a training; BadInput comes before anything is written.
+
+    Returns out (its folder), step, best_loss (nats per token), seconds, params and stopped (0, or the signal's number).
+    """
+    check(args)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        return run(args, device, rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
+    say = print if rank == 0 else lambda *_, **__: None
+    out = args.out or Path("out") / f"{args.preset}-{args.model.attn}"
+    latest, best, metrics = out / "latest.pt", out / "best.pt", out / "metrics.jsonl"
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out} is a file: give a folder")
+    if not (args.resume or args.overwrite) and (latest.exists() or metrics.exists()):
+        raise BadInput(f"--out {out} holds a run: --resume continues it, --overwrite replaces it, another --out keeps it")
+    ckpt = load_checkpoint(latest) if args.resume and latest.is_file() else None
+    share, left_over = divmod(args.batch_size, world * args.grad_accum)
+    if left_over:
+        raise BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x {args.grad_accum} grad_accum")
+
+    # The text. The first process prepares it; the others find it made.
+    bpe_size = args.model.vocab_size or None if args.tokenizer == "bpe" else None
+    if world > 1 and rank > 0:
+        dist.barrier()
+    folder = prepare(args.dataset, args.file, tokenizer=args.tokenizer, vocab_size=bpe_size, data_dir=args.data_dir)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    train_ids, val_ids, meta = load(folder)
+    T, unit = args.model.block_size, "character" if args.tokenizer == "char" else "token"
+    val_ids = val_ids[: args.eval_tokens + 1] if args.eval_tokens else val_ids
+    for name, ids in (("training", train_ids), ("validation", val_ids)):
+        if len(ids) <= T:
+            raise BadInput(f"--block_size {T}: the {name} text of {folder} has {len(ids)} tokens, which must be more")
+
+    # The model, at MHA's number of parameters.
+    try:
+        cfg = replace(args.model, vocab_size=max(args.model.vocab_size, meta["vocab_size"]))
+        mha = mha_of(cfg)
+        cfg = match_params(cfg) if args.match_params and cfg.attn not in ("mha", "fpba") else cfg
+        torch.manual_seed(args.seed)
+        model = GPT(cfg)
+    except ValueError as e:
+        raise BadInput(f"--attn {args.model.attn}: {e}") from e
+    source = {k: meta[k] for k in ("sources", "train_tokens", "val_tokens")}
+    if ckpt:
+        compare(ckpt, args, cfg, source, latest)
+        model = model_from(ckpt, latest, device)
+    model = model.to(device).train()
+    optimizer, dtype = make_optimizer(model, args, device), pick_dtype(args.dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # bfloat16 needs none
+    step, best_loss, seconds = 0, math.inf, 0.0
+    if ckpt:
+        optimizer.load_state_dict(ckpt["optimizer"])
+        scaler.load_state_dict(ckpt["scaler"])
+        torch.set_rng_state(ckpt["rng"])  # nothing below draws from it, but what you add may
+        step, best_loss, seconds = ckpt["step"], ckpt["best_loss"], ckpt["seconds"]
+    n_params, n_mha = sum(p.numel() for p in model.parameters()), count_params(mha)
+    say(f"{cfg.attn}: {cfg.n_layer} layers, dim {cfg.dim}, {cfg.heads} heads, context {T}, on {device}, {str(dtype)[6:]}")
+    say(f"{n_params:,} parameters, {n_params / n_mha:.1%} of MHA's {n_mha:,} (FFN {cfg.ffn} wide, MHA's {mha.ffn})")
+    say(cache_line(cfg))
+    say(f"text: {folder.name}, {len(train_ids):,} + {len(val_ids):,} tokens to train and validate, vocabulary {cfg.vocab_size:,}")
+    say(f"run: {out}, {args.max_iters} steps of {args.batch_size} x {T} tokens" + (f", resumed at step {step}" if ckpt else ""))
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if args.resume:
+            cut_back(metrics, step if ckpt else -1)
+        else:
+            for old in (latest, best, metrics, out / "loss.png"):
+                old.unlink(missing_ok=True)
+
+    def log(**row) -> None:
+        if rank == 0:
+            with open(metrics, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def save(*paths: Path) -> None:
+        if rank == 0:
+            versions = dict(torch=str(torch.__version__), numpy=np.__version__, python=sys.version.split()[0])
+            state = dict(
+                format=FORMAT, model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                rng=torch.get_rng_state(), step=step, tokens=step * args.batch_size * T, best_loss=best_loss,
+                seconds=seconds, config=asdict(cfg), tokenizer=meta["tokenizer"], data=source, args=pack_args(args),
+                versions=versions,
+            )  # fmt: skip
+            for path in paths:
+                write_atomically(path, lambda f: torch.save(state, f))
+
+    # What the steps run through. `model` itself stays plain: it is what is saved and evaluated.
+    torch.set_float32_matmul_precision("high")
+    runner = model
+    if world > 1:
+        runner = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        say("compiling: the first step takes half a minute ...", flush=True)
+        runner = torch.compile(runner)
+    train_ids, val_ids = as_tensor(train_ids, device), as_tensor(val_ids, device)
+    pending: list[Tensor] = []  # losses of the steps since the last line, still on the device: reading one waits for it
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def read_losses() -> float:
+        losses = torch.stack(pending) / world
+        pending.clear()
+        if world > 1:
+            dist.all_reduce(losses)
+        for ago, loss in enumerate(reversed(losses.tolist())):
+            stop_unless_finite(loss, "the loss", step - ago, latest)
+        return losses.mean().item()
+
+    # cuDNN's attention trains 1.7 times as fast as FlashAttention at MFA's head width of 256.
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    attention = sdpa_kernel(order, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
+    with attention, Stop() as stop:
+        if not ckpt:
+            save(latest)
+        clock, n_logged = time.perf_counter(), step
+        while step < args.max_iters and not stop.signal:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            if cfg.dropout:
+                torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + rank)
+            pieces = batch_starts(args, step, len(train_ids)).view(world, args.grad_accum, share)[rank]
+            total = torch.zeros((), device=device)
+            for i, starts in enumerate(pieces):
+                tokens = window(train_ids, starts, T + 1, device)  # (share, T + 1)
+                wait = world > 1 and i < args.grad_accum - 1  # gradients are averaged over processes once a step
+                with runner.no_sync() if wait else contextlib.nullcontext():
+                    with autocast():
+                        loss = runner(tokens[:, :-1], tokens[:, 1:])[1] / args.grad_accum
+                    scaler.scale(loss).backward()
+                total += loss.detach()
+            if args.grad_clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            pending.append(total)
+            step += 1
+
+            to_evaluate = step % args.eval_interval == 0 or step == args.max_iters
+            if to_evaluate or step % args.log_interval == 0 or stop.signal and world == 1:
+                loss = read_losses()
+                elapsed = time.perf_counter() - clock
+                seconds, rate = seconds + elapsed, (step - n_logged) / elapsed
+                speed, n_logged = round(rate * args.batch_size * T), step
+                left = span((args.max_iters - step) / rate)
+                say(f"step {step:>6}  loss {loss:.4f}  {speed:>11,} tokens/s  {left} left", flush=True)
+                log(step=step, train_loss=loss, lr=group["lr"], tokens_per_s=speed, seconds=round(seconds, 3))
+                stop.agreed(device, world)
+                clock = time.perf_counter()
+            if to_evaluate:
+                val_loss = evaluate(model, val_ids, device, autocast, rank, world)
+                stop_unless_finite(val_loss, "the validation loss", step, latest)
+                bpb = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+                better, best_loss = val_loss < best_loss, min(best_loss, val_loss)
+                seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
+                note = "  best so far" if better else ""
+                say(f"step {step:>6}  validation {val_loss:.4f} nats per {unit}, {bpb:.4f} bits per byte{note}", flush=True)
+                log(step=step, val_loss=val_loss, val_bpb=bpb, best_loss=best_loss, seconds=round(seconds, 3))
+                save(*[best] * better, latest)
+            elif stop.signal:
+                save(latest)
+    stopped = stop.signal if step < args.max_iters else 0
+    if rank == 0 and stopped:
+        print(f"stopped at step {step}, saved in {latest}\nto go on: python train.py --resume --out {out}")
+    elif rank == 0:
+        plot(out)
+        finish(best, n_params, seconds, unit, device)
+    return dict(out=out, step=step, best_loss=best_loss, seconds=seconds, params=n_params, stopped=stopped)
+
+
+def finish(best: Path, n_params: int, seconds: float, unit: str, device: torch.device) -> None:
+    """A sample from the best checkpoint, the figures, and what to do next."""
+    ckpt = load_checkpoint(best)
+    model, tokenizer = model_from(ckpt, best, device), tokenizer_from(ckpt["tokenizer"])
+    prompt = torch.tensor([[tokenizer.encode("\n")[0] if tokenizer.eot is None else tokenizer.eot]], device=device)
+    ids = model.generate(prompt, 200, temperature=0.8, generator=torch.Generator(device).manual_seed(0))[0, 1:]
+    attn = model.cfg.attn
+    print(f"\na sample at temperature 0.8:\n{tokenizer.decode(ids.tolist()).strip()}\n")
+    print(f"{attn}: best validation loss {ckpt['best_loss']:.4f} nats per {unit}, at step {ckpt['step']}")
+    print(f"{n_params:,} parameters, {span(seconds)} of training and evaluation")
+    print(cache_line(model.cfg))
+    print(f"in {best.parent}: best.pt, latest.pt, metrics.jsonl, loss.png")
+    print(f"next: python sample.py --checkpoint {best}")
+    print(f"  or: python train.py --attn {'mha' if attn != 'mha' else 'mfa_kr'}, to compare")
+
+
+def plot(out: Path) -> None:
+    """loss.png from metrics.jsonl."""
+    import matplotlib.figure  # slow to import, and needed once
+
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for key, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        ax.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    ax.set(xlabel="step", ylabel="loss, nats per token", title=f"{out.name}: validation {rows[-1]['best_loss']:.4f} at best")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    figure.savefig(out / "loss.png", dpi=120)
+
+
+def main(args: Train) -> None:
+    stopped = train(args)["stopped"]
+    if stopped:
+        raise SystemExit(128 + stopped)
+
+
+if __name__ == "__main__":
+    run_command(main, Train, defaults=defaults)
