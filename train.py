@@ -461,7 +461,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
     say(f"{cfg.attn}: {cfg.n_layer} layers, dim {cfg.dim}, {cfg.heads} heads, context {T}, on {device}, {str(dtype)[6:]}")
     say(f"{n_params:,} parameters, {n_params / n_mha:.1%} of MHA's {n_mha:,} (FFN {cfg.ffn} wide, MHA's {mha.ffn})")
     say(cache_line(cfg))
-    say(f"text: {folder.name}, {len(train_ids):,} + {len(val_ids):,} tokens to train and validate, vocabulary {cfg.vocab_size:,}")
+    say(f"text: {folder.name}, {len(train_ids):,} + {len(val_ids):,} tokens, vocabulary {cfg.vocab_size:,}")
     say(f"run: {out}, {args.max_iters} steps of {args.batch_size} x {T} tokens" + (f", resumed at step {step}" if ckpt else ""))
 
     if rank == 0:
