@@ -71,7 +71,7 @@ class Config:
     ffn_dim: int = 0  # width of the SwiGLU; 0: 8/3 dim, rounded up to a multiple of 8
     pos: str = "rope"  # position embedding: rope, alibi or none
     rope_base: float = 500_000.0  # base of the rotary frequencies
-    dropout: float = 0.0  # on the embedding and on what each attention and FFN adds to the residual
+    dropout: float = 0.0  # on the embedding, the attention weights, and what each attention and FFN adds to the residual
     norm_eps: float = 1e-5  # of every RMSNorm
     tied: bool = True  # the output head is the embedding
     joint_kv: bool = False  # mla: one latent for keys and values (DeepSeek) instead of two (Table 1)
@@ -165,7 +165,7 @@ class Config:
 PRESETS = {
     "tiny": dict(vocab_size=65, block_size=64, n_layer=4, dim=128, head_dim=32, n_kv_head=2, rope_dim=16, ffn_dim=344),
     "baby": dict(vocab_size=65, block_size=256, n_layer=6, dim=384, head_dim=64, n_kv_head=2, rope_dim=32, ffn_dim=1024,
-                 dropout=0.2),
+                 dropout=0.3),
     "small": dict(vocab_size=50304, block_size=1024, n_layer=12, dim=768, head_dim=64, n_kv_head=4, rope_dim=32,
                   ffn_dim=2048),
     # Section 4.4. Paper: the FFN width is in the missing Table 9; 4992 gives MHA the 1.08B of Table 3.
@@ -241,7 +241,7 @@ class KVCache:
         self.batch_size, self.capacity, self.length = batch_size, capacity, 0
 
     def append(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Write T new tokens' (B, heads, T, width) behind the first `length`; return all S = length + T."""
+        """Write T new tokens' (B, heads, T, width) behind the first `length`; return all S = length + T, in their dtype."""
         B, end = new[0].shape[0], self.length + new[0].shape[2]
         if B != self.batch_size:
             raise ValueError(f"the cache was made for a batch of {self.batch_size}, not {B}")
@@ -249,7 +249,7 @@ class KVCache:
             raise ValueError(f"the cache holds {self.capacity} tokens; {end} do not fit")
         for kept, tensor in zip(self.layers[layer], new, strict=True):
             kept[:, :, self.length : end] = tensor
-        return tuple(kept[:, :, :end] for kept in self.layers[layer])
+        return tuple(kept[:, :, :end].to(new[0].dtype) for kept in self.layers[layer])
 
     def numel(self) -> int:
         """Elements allocated."""
@@ -281,6 +281,11 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
 
 def norm(width: int, cfg: Config, wanted: bool = True) -> nn.Module:
     return nn.RMSNorm(width, eps=cfg.norm_eps) if wanted else nn.Identity()
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in no less than float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def split(x: Tensor, n: int) -> Tensor:
@@ -347,8 +352,8 @@ class Attention(nn.Module):
             if self.cfg.pos == "alibi":
                 bias = alibi(q.shape[1], pos, key, torch.promote_types(q.dtype, torch.float32))
                 mask = bias.masked_fill(~mask, -math.inf).to(q.dtype)[None]  # (1, n, T, S)
-        causal = mask is None and T > 1
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+        drop, causal = self.cfg.dropout if self.training else 0.0, mask is None and T > 1
+        return F.scaled_dot_product_attention(q, k, v, mask, drop, causal, scale=self.scale, enable_gqa=grouped)
 
     def factorization(self, x: Tensor) -> Tensor:
         """Factorization formulation: Eq. 1 as it stands, position by position: (B, T, H) -> (B, T, H). Slow."""
@@ -693,7 +698,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat, E = x.flatten(0, -2), len(self.experts)  # (B*T, H)
-        prob = self.router(flat).float().softmax(dim=-1)  # (B*T, E)
+        prob = widen(self.router(flat)).softmax(dim=-1)  # (B*T, E)
         weight, visited = prob.topk(self.k, dim=-1)  # (B*T, k), not renormalised
         y = torch.zeros_like(flat) if self.shared is None else self.shared(flat)  # (B*T, H)
         for e, expert in enumerate(self.experts):
@@ -731,7 +736,7 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
     """One id for each row of logits: (B, vocab_size) -> (B, 1). See GPT.generate."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # the likeliest is 0: no overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -771,7 +776,7 @@ class GPT(nn.Module):
         logits = self.head(self.hidden(idx, cache))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(widen(logits.flatten(0, 1)), targets.flatten(), ignore_index=-1)
         if self.training and self.cfg.n_expert:
             loss = loss + self.cfg.balance_coef * sum(b.ffn.balance for b in self.blocks if isinstance(b.ffn, MoE))
         return logits, loss
@@ -834,7 +839,7 @@ class GPT(nn.Module):
                     if cache is not None:
                         cache.length = 0
                 h = self.hidden(context if cache is None else new, cache)  # (B, T, H)
-                new = pick(self.head(h[:, -1]).float(), temperature, top_k, top_p, generator)  # (B, 1)
+                new = pick(widen(self.head(h[:, -1])), temperature, top_k, top_p, generator)  # (B, 1)
                 context = torch.cat((context, new), dim=1)
                 yield new
         finally:

@@ -15,7 +15,7 @@ import torch
 
 from mfa import ATTENTION
 from prepare_data import BadInput, run_command, tokenizer_from
-from train import load_checkpoint, model_from, pick_device
+from train import load_checkpoint, model_from, pick_device, start_of_text
 
 
 @dataclass
@@ -45,11 +45,13 @@ class Sample:
 
 
 def newest_checkpoint(out: Path = Path("out")) -> Path:
-    """The best.pt (or latest.pt) below out that was written last."""
-    found = [*out.glob("*/best.pt")] or [*out.glob("*/latest.pt")]
+    """The best.pt of the run below out that was written to last, or its latest.pt if it has not been evaluated."""
+    found = [*out.glob("*/latest.pt"), *out.glob("*/best.pt")]
     if not found:
         raise BadInput(f"no checkpoint below {out}: train one with python train.py, or name one with --checkpoint")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    best = newest.with_name("best.pt")
+    return best if best.is_file() else newest
 
 
 def main(args: Sample) -> None:
@@ -62,14 +64,16 @@ def main(args: Sample) -> None:
         raise BadInput(f"--top_k must be at least 1, not {args.top_k}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise BadInput(f"--top_p must be in (0, 1], not {args.top_p}")
+    if not 0 <= args.seed < 2**32:
+        raise BadInput(f"--seed must be from 0 to 2^32 - 1, not {args.seed}")
     path, device = args.checkpoint or newest_checkpoint(), pick_device(args.device)
     ckpt = load_checkpoint(path)
     model, tokenizer = model_from(ckpt, path, device).eval(), tokenizer_from(ckpt["tokenizer"])
     cfg = model.cfg
-    if args.prompt:
-        prompt = tokenizer.encode(args.prompt).tolist()
-    else:
-        prompt = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode("\n").tolist()
+    try:
+        prompt = tokenizer.encode(args.prompt).tolist() if args.prompt else start_of_text(tokenizer)
+    except BadInput as e:
+        raise BadInput(f"--prompt: {e}") from e
     if len(prompt) > cfg.block_size:
         raise BadInput(f"--prompt has {len(prompt)} tokens; the model's context is {cfg.block_size}: shorten it")
     print(f"{path}: {cfg.attn}, step {ckpt['step']}, best validation loss {ckpt['best_loss']:.4f}\n", flush=True)
@@ -84,7 +88,8 @@ def main(args: Sample) -> None:
         sys.stdout.write(args.prompt)
         clock = time.perf_counter()
         for token in stream:
-            sys.stdout.write(decoder.decode(tokenizer.to_bytes([token.item()])))
+            if token.item() < tokenizer.n_vocab:  # train.py --vocab_size may leave room above the tokenizer's ids
+                sys.stdout.write(decoder.decode(tokenizer.to_bytes([token.item()])))
             sys.stdout.flush()
         seconds += time.perf_counter() - clock
         sys.stdout.write(decoder.decode(b"", final=True) + "\n" + "-" * 40 + "\n")

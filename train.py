@@ -19,7 +19,6 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -35,10 +34,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from mfa import ATTENTION, GPT, PRESETS, Config, preset  # noqa: F401 (PRESETS: for those who look for it here)
+from mfa import ATTENTION, GPT, PRESETS, Config, preset
 from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_from
 
 FORMAT = 1  # of a checkpoint; raised when old ones can no longer be read
+NEEDED = set("model optimizer scaler rng step best_loss seconds config tokenizer data args".split())  # what it must hold
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Train:
 # What each preset's recipe changes in the defaults above.
 RECIPES = {
     "tiny": {},
-    "baby": dict(batch_size=64, max_iters=2500, learning_rate=2e-3, eval_interval=125),
+    "baby": dict(batch_size=64, max_iters=2500, learning_rate=1e-3, eval_interval=125),
     "small": dict(batch_size=512, grad_accum=16, max_iters=20_000, learning_rate=6e-4, warmup_iters=700),
     "paper-1b": dict(batch_size=24, grad_accum=24, max_iters=50_000, learning_rate=9.63e-4, warmup_iters=2000),
     "paper-7b": dict(batch_size=448, grad_accum=448, max_iters=140_000, learning_rate=8.4e-4, warmup_iters=2000),
@@ -118,12 +118,16 @@ FREE = {"resume", "overwrite", "out", "data_dir", "max_iters", "grad_accum", "ev
 def count_params(cfg: Config) -> int:
     """Parameters of the whole model, counted on tensors that take no memory."""
     with torch.device("meta"):
-        return sum(p.numel() for p in GPT(cfg).parameters())
+        model = GPT(replace(cfg, n_layer=min(cfg.n_layer, 2)))  # every layer but the first is like the second
+    more = cfg.n_layer - len(model.blocks)
+    return sum(p.numel() for p in model.parameters()) + more * sum(p.numel() for p in model.blocks[-1].parameters())
 
 
 def mha_of(cfg: Config) -> Config:
-    """The MHA model that cfg is compared with."""
-    return replace(cfg, attn="mha", n_head=0)
+    """The MHA model that cfg is compared with. Table 7 gives MHA experts of its own; elsewhere all else is equal."""
+    table7, own = PRESETS["paper-7b"], PRESETS["paper-7b"].get(cfg.attn, {})
+    other = {k: table7[k] for k in own} if all(getattr(cfg, k) == v for k, v in own.items()) else {}
+    return replace(cfg, attn="mha", n_head=0, **other)
 
 
 def match_params(cfg: Config) -> Config:
@@ -202,11 +206,23 @@ def evaluate(model: GPT, ids: Tensor, device: torch.device, autocast, rank: int 
 # Checkpoints
 
 
+@contextlib.contextmanager
+def naming(path: Path):
+    """Makes an OSError name the file: that of a full disk does not, and torch.save hides it behind a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        first = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(first, OSError):
+            raise
+        raise OSError(first.errno, first.strerror, str(path)) from e
+
+
 def write_atomically(path: Path, write) -> None:
     """write(file) into a neighbour of path, flushed to the disk, then renamed: path is whole or not there."""
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as f:
+        with naming(path), open(part, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -221,12 +237,14 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
         raise BadInput(f"no checkpoint at {path}: train one with python train.py, or give its path")
     try:
         ckpt = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, AttributeError) as e:
-        what = (str(e) or "it is empty").splitlines()[0]
-        raise BadInput(f"{path} is not a checkpoint of train.py, or a damaged one: {what}") from e
+    except Exception as e:  # a damaged file can raise nearly anything
+        what = "is not a checkpoint of train.py, or a damaged one" if path.stat().st_size else "is empty"
+        raise BadInput(f"{path} {what} ({type(e).__name__})") from e
     found = ckpt.get("format") if isinstance(ckpt, dict) else type(ckpt).__name__
     if found != FORMAT:
         raise BadInput(f"{path} is of format {found}, not {FORMAT}: train it again with this train.py")
+    if missing := sorted(NEEDED - ckpt.keys()):
+        raise BadInput(f"{path} is damaged: it has no {', '.join(missing)}")
     return ckpt
 
 
@@ -240,6 +258,16 @@ def model_from(ckpt: dict, path: Path, device: torch.device) -> GPT:
     return model.to(device)
 
 
+def start_of_text(tokenizer) -> list[int]:
+    """What a new text goes on from: the token between documents, else a new line, else the first token there is."""
+    if tokenizer.eot is not None:
+        return [tokenizer.eot]
+    try:
+        return tokenizer.encode("\n").tolist()
+    except BadInput:  # a text of one line
+        return [0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
 
@@ -250,7 +278,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise BadInput(f"--device {name}: not on this machine; --device auto takes what there is") from e
     return device
@@ -277,12 +305,12 @@ def defaults(argv: list[str]) -> Train:
     """What the flags start from: the preset's sizes and recipe or, with --resume, the stopped run's own flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in dict(preset="tiny", attn="mfa", out=None, device="auto").items():
-        first.add_argument(f"--{name}", default=default)
+        first.add_argument(f"--{name}", nargs="?", default=default, const=default)
     first.add_argument("--resume", action="store_true")
     given = first.parse_known_args(argv)[0]
     latest = Path(given.out or f"out/{given.preset}-{given.attn}") / "latest.pt"
     if given.resume and latest.is_file():
-        return unpack_args(load_checkpoint(latest)["args"])
+        return unpack_args(load_checkpoint(latest)["args"], latest)
     try:
         model = preset(given.preset, given.attn, vocab_size=0)
     except ValueError as e:
@@ -295,9 +323,12 @@ def pack_args(args: Train) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
 
 
-def unpack_args(saved: dict) -> Train:
-    paths = {k: saved[k] and Path(saved[k]) for k in ("out", "data_dir")}
-    return Train(**{**saved, **paths, "model": Config(**saved["model"])})
+def unpack_args(saved: dict, latest: Path) -> Train:
+    try:
+        paths = {k: saved[k] and Path(saved[k]) for k in ("out", "data_dir")}
+        return Train(**{**saved, **paths, "model": Config(**saved["model"])})
+    except (TypeError, KeyError, ValueError) as e:
+        raise BadInput(f"--resume: {latest} has other flags than this train.py ({e}): train it again") from e
 
 
 def check(args: Train) -> None:
@@ -307,6 +338,8 @@ def check(args: Train) -> None:
     for name in ("min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_tokens", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             raise BadInput(f"--{name} must not be negative, not {getattr(args, name)}")
+    if args.seed >= 2**32:
+        raise BadInput(f"--seed must be less than 2^32, not {args.seed}")
 
 
 def learning_rate(step: int, args: Train) -> float:
@@ -334,11 +367,19 @@ def compare(ckpt: dict, args: Train, cfg: Config, source: dict, path: Path) -> N
         raise BadInput(f"--resume: {path} is of another run: {what}; leave them as they were, or give another --out")
 
 
+def step_of(row: str) -> float:
+    """The step that a row of metrics.jsonl belongs to; infinity for one that a crash has cut short."""
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 def cut_back(metrics: Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl that lie beyond step (and a last line cut short by a crash)."""
+    """Drop the rows of metrics.jsonl that lie beyond step, and those that cannot be read."""
     if metrics.exists():
-        rows = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        keep = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step]
+        rows = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        keep = [row for row in rows if row.endswith("\n") and step_of(row) <= step]
         write_atomically(metrics, lambda f: f.write("".join(keep).encode()))
 
 
@@ -368,20 +409,21 @@ class Stop:
     """Catches SIGINT and SIGTERM: the step is finished and saved first. A second Ctrl-C ends at once."""
 
     def __enter__(self):
-        self.signal, self.before = 0, {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.caught = self.signal = 0  # what this process got, and what all of them know
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame):
-        self.signal = number
+        self.caught = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self, device: torch.device, world: int) -> int:
-        """The signal, if any process got one."""
+    def agree(self, device: torch.device, world: int) -> None:
+        """All processes call this at the same step, and stop there if any of them got a signal."""
+        self.signal = self.caught
         if world > 1:
-            flag = torch.tensor(self.signal, device=device)
+            flag = torch.tensor(self.caught, device=device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.signal = int(flag)
-        return self.signal
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -417,6 +459,8 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
     if not (args.resume or args.overwrite) and (latest.exists() or metrics.exists()):
         raise BadInput(f"--out {out} holds a run: --resume continues it, --overwrite replaces it, another --out keeps it")
     ckpt = load_checkpoint(latest) if args.resume and latest.is_file() else None
+    if ckpt and args.max_iters < ckpt["step"] + (ckpt["best_loss"] == math.inf):
+        raise BadInput(f"--max_iters {args.max_iters}: {latest} is at step {ckpt['step']} already, give more")
     share, left_over = divmod(args.batch_size, world * args.grad_accum)
     if left_over:
         raise BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x {args.grad_accum} grad_accum")
@@ -474,7 +518,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
 
     def log(**row) -> None:
         if rank == 0:
-            with open(metrics, "a", encoding="utf-8") as f:
+            with naming(metrics), open(metrics, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
     def save(*paths: Path) -> None:
@@ -508,8 +552,8 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
         pending.clear()
         if world > 1:
             dist.all_reduce(losses)
-        for ago, loss in enumerate(reversed(losses.tolist())):
-            stop_unless_finite(loss, "the loss", step - ago, latest)
+        for at, loss in enumerate(losses.tolist(), step - len(losses) + 1):
+            stop_unless_finite(loss, "the loss", at, latest)
         return losses.mean().item()
 
     # cuDNN's attention trains 1.7 times as fast as FlashAttention at MFA's head width of 256.
@@ -518,7 +562,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
     with attention, Stop() as stop:
         if not ckpt:
             save(latest)
-        clock, n_logged = time.perf_counter(), step
+        clock, n_logged, compiling = time.perf_counter(), step, args.compile
         while step < args.max_iters and not stop.signal:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
@@ -542,9 +586,13 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
             optimizer.zero_grad(set_to_none=True)
             pending.append(total)
             step += 1
+            if compiling:  # this step's time is no measure of the others'
+                read_losses()
+                say(f"compiled in {time.perf_counter() - clock:.0f} s", flush=True)
+                clock, n_logged, compiling = time.perf_counter(), step, False
 
             to_evaluate = step % args.eval_interval == 0 or step == args.max_iters
-            if to_evaluate or step % args.log_interval == 0 or stop.signal and world == 1:
+            if pending and (to_evaluate or step % args.log_interval == 0 or stop.caught and world == 1):
                 loss = read_losses()
                 elapsed = time.perf_counter() - clock
                 seconds, rate = seconds + elapsed, (step - n_logged) / elapsed
@@ -552,7 +600,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
                 left = span((args.max_iters - step) / rate)
                 say(f"step {step:>6}  loss {loss:.4f}  {speed:>11,} tokens/s  {left} left", flush=True)
                 log(step=step, train_loss=loss, lr=group["lr"], tokens_per_s=speed, seconds=round(seconds, 3))
-                stop.agreed(device, world)
+                stop.agree(device, world)
                 clock = time.perf_counter()
             if to_evaluate:
                 val_loss = evaluate(model, val_ids, device, autocast, rank, world)
@@ -565,12 +613,13 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
                 log(step=step, val_loss=val_loss, val_bpb=bpb, best_loss=best_loss, seconds=round(seconds, 3))
                 save(*[best] * better, latest)
             elif stop.signal:
+                stop_unless_finite(sum(p.sum().item() for p in model.parameters()), "the sum of the weights", step, latest)
                 save(latest)
     stopped = stop.signal if step < args.max_iters else 0
     if rank == 0 and stopped:
         print(f"stopped at step {step}, saved in {latest}\nto go on: python train.py --resume --out {out}")
     elif rank == 0:
-        plot(out)
+        plot(out, best_loss)
         finish(best, n_params, seconds, unit, device)
     return dict(out=out, step=step, best_loss=best_loss, seconds=seconds, params=n_params, stopped=stopped)
 
@@ -579,8 +628,9 @@ def finish(best: Path, n_params: int, seconds: float, unit: str, device: torch.d
     """A sample from the best checkpoint, the figures, and what to do next."""
     ckpt = load_checkpoint(best)
     model, tokenizer = model_from(ckpt, best, device), tokenizer_from(ckpt["tokenizer"])
-    prompt = torch.tensor([[tokenizer.encode("\n")[0] if tokenizer.eot is None else tokenizer.eot]], device=device)
+    prompt = torch.tensor([start_of_text(tokenizer)], device=device)
     ids = model.generate(prompt, 200, temperature=0.8, generator=torch.Generator(device).manual_seed(0))[0, 1:]
+    ids = ids[ids < tokenizer.n_vocab]  # --vocab_size may leave room above the tokenizer's ids
     attn = model.cfg.attn
     print(f"\na sample at temperature 0.8:\n{tokenizer.decode(ids.tolist()).strip()}\n")
     print(f"{attn}: best validation loss {ckpt['best_loss']:.4f} nats per {unit}, at step {ckpt['step']}")
@@ -591,7 +641,7 @@ def finish(best: Path, n_params: int, seconds: float, unit: str, device: torch.d
     print(f"  or: python train.py --attn {'mha' if attn != 'mha' else 'mfa_kr'}, to compare")
 
 
-def plot(out: Path) -> None:
+def plot(out: Path, best_loss: float) -> None:
     """loss.png from metrics.jsonl."""
     import matplotlib.figure  # slow to import, and needed once
 
@@ -600,15 +650,22 @@ def plot(out: Path) -> None:
     ax = figure.subplots()
     for key, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
         points = [(row["step"], row[key]) for row in rows if key in row]
-        ax.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    ax.set(xlabel="step", ylabel="loss, nats per token", title=f"{out.name}: validation {rows[-1]['best_loss']:.4f} at best")
+        if points:
+            ax.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    ax.set(xlabel="step", ylabel="loss, nats per token", title=f"{out.name}: validation {best_loss:.4f} at best")
     ax.grid(alpha=0.3)
     ax.legend()
-    figure.savefig(out / "loss.png", dpi=120)
+    with naming(out / "loss.png"):
+        figure.savefig(out / "loss.png", dpi=120)
 
 
 def main(args: Train) -> None:
-    stopped = train(args)["stopped"]
+    try:
+        stopped = train(args)["stopped"]
+    except RuntimeError as e:  # torch.OutOfMemoryError on a GPU
+        if "memory" not in str(e):
+            raise
+        raise BadInput("out of memory: try a smaller --batch_size, more --grad_accum, or a smaller model") from e
     if stopped:
         raise SystemExit(128 + stopped)
 
