@@ -241,7 +241,7 @@ class KVCache:
         self.batch_size, self.capacity, self.length = batch_size, capacity, 0
 
     def append(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Write T new tokens' (B, heads, T, width) behind the first `length`; return all S = length + T, in their dtype."""
+        """Write T new tokens' (B, heads, T, width) behind the first `length`; return all S, in the dtype of `new`."""
         B, end = new[0].shape[0], self.length + new[0].shape[2]
         if B != self.batch_size:
             raise ValueError(f"the cache was made for a batch of {self.batch_size}, not {B}")

@@ -797,7 +797,7 @@ def is_current(folder: Path, sources: list[dict]) -> bool:
 
 
 def load(folder: str | Path) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
-    """(train, val, meta): two read-only (tokens,) arrays of ids that stay on the disk, and the dict of meta.json.
+    """(train, val, meta): two (tokens,) arrays of ids that stay on the disk, copied on write, and the dict of meta.json.
 
     BadInput for files that are missing, truncated, damaged, of another version or tokenizer, or hold unknown ids.
     """
@@ -807,7 +807,7 @@ def load(folder: str | Path) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
     if n_vocab != meta["vocab_size"]:
         what = f"has a vocabulary of {meta['vocab_size']:,}, but the tokenizer in it one of {n_vocab:,}"
         raise BadInput(f"{folder / 'meta.json'}: {what}: it is of another tokenizer; {AGAIN}")
-    arrays = [np.memmap(folder / f"{split}.bin", id_dtype(n_vocab), "r") for split in ("train", "val")]
+    arrays = [np.memmap(folder / f"{split}.bin", id_dtype(n_vocab), "c") for split in ("train", "val")]
     for ids in arrays:
         largest = max(int(ids[i : i + BLOCK].max()) for i in range(0, len(ids), BLOCK))
         if largest >= n_vocab:

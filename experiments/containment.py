@@ -154,7 +154,7 @@ def mfakr_to_mfa(attn: MFAKR) -> MFA:
 
 
 def fold_key_reuse(attn: MFAKR) -> MFAKR:
-    """The same outputs with key_reuse="vanilla": O'_c^T = M O_c^T, so decoding needs k_j alone. In every key_reuse_rope.
+    """The same outputs with key_reuse="vanilla": O'_c^T = M O_c^T; decoding needs k_j alone. In every key_reuse_rope.
 
     Hence Table 4's variants are one class of functions, and their differences are differences of optimisation.
     """

@@ -5,8 +5,9 @@
     compressed    W_c = Q_c K_c^T S_k^T    C + d_r         U_c = S_v V_c O_c^T          C      as in MLA
     single        W_c = Q_c K^T                  d         U_c = V O_c^T                d      as in MFA
 
-Table 6 pairs each of the two designs with the multi-head form of the other side. Queries come straight from x, as in
-MHA: only so do the paper's parameter counts come out (compressed key - single key: 60M at 20 layers; see paper.py).
+Table 6 pairs each of the two designs with the multi-head form of the other side. The paper does not say whether the
+queries are compressed; here they come straight from x, as in MHA. Then a compressed key costs 60M more parameters than
+a single key, as Table 6 has it (1.12B and 1.06B); with a query latent as wide as the key's it would be 24M.
 A compressed key needs MLA's rotary dimensions under rope; the others rotate as MHA does.
 """
 

@@ -205,14 +205,14 @@ def with_ffn(totals: dict[str, tuple[int, str]], cfg: Config) -> tuple[list[int]
     per_width = 3 * cfg.dim * cfg.n_layer
     shifted = {F: [t + (F - cfg.ffn) * per_width for t, _ in totals.values()] for F in range(8, 4 * cfg.dim, 8)}
     printed = [paper for _, paper in totals.values()]
-    fits = [F for F, ours in shifted.items() if [as_printed(t, p) for t, p in zip(ours, printed, strict=True)] == printed]
+    fits = [F for F, ours in shifted.items() if all(map(lambda t, p: as_printed(t, p) == p, ours, printed))]
     return fits, shifted[fits[len(fits) // 2]]
 
 
-def ffn_note(fits: list[int], tables: str) -> str:
+def ffn_note(fits: list[int], which: str) -> str:
     return (
-        f"The FFN width of these models is not printed (Table 9 is missing from our copy). Tied embeddings, one width "
-        f"for all of them and any multiple of 8 from {fits[0]} to {fits[-1]} give {tables}; shown: {fits[len(fits) // 2]}."
+        f"The FFN width of these models is not given (Table 9 is missing from our copy). With tied embeddings and one "
+        f"width for all, any multiple of 8 from {fits[0]} to {fits[-1]} gives {which}; here {fits[len(fits) // 2]}."
     )
 
 
@@ -234,7 +234,8 @@ def table3() -> list[Figure]:
         Figure("Table 3", "parameters added by 1.75 H, factored", totals[2] - totals[0], ""),
         Figure("Section 4.4", "parameters added by 1.75 H, not factored", totals[1] / totals[0] - 1, "10%", ten),
     ]
-    return rows + [Figure("Table 3", f"{name}: bytes of cache per token", cache_bytes(g), "20K") for name, g in gpts.items()]
+    rows += [Figure("Table 3", f"{name}: bytes of cache per token", cache_bytes(g), "20K") for name, g in gpts.items()]
+    return rows
 
 
 def tables4and5() -> list[Figure]:
@@ -244,7 +245,7 @@ def tables4and5() -> list[Figure]:
         rows.append(Figure("Table 4", f"{NAME[attn]}: bytes of cache per token", cache_bytes(gpt), paper, note))
     for reuse in ("vanilla", "proj", "residual", "gated"):
         gpt = model(preset("paper-1b", "mfa_kr", key_reuse=reuse))
-        note = "The four are one class of functions: any of them folds into vanilla's output projection (containment.py)."
+        note = "The four are one class of functions: any folds into vanilla's output projection (containment.py)."
         rows.append(Figure("Table 4", f"{reuse} key reuse: bytes of cache per token", cache_bytes(gpt), "10K", note))
     for attn, paper, note in (("mha", "163K", TRUNCATED), ("mfa_kr", "10K", ""), ("mfa", "20K", "")):
         gpt = model(preset("paper-1b", attn, pos="alibi"))
@@ -382,8 +383,9 @@ def print_table1(name: str) -> None:
     for attn, counts, got in measured_ranks(name):
         values = (got.heads[0], sum(got.heads), got.key_side)
         same = (set(got.heads) == {counts.rank}, values[1] == counts.total_rank, values[2] == counts.shared_dim)
-        cells = (*(f"{value:,} {'✓' if ok else '≠'}" for value, ok in zip(values, same, strict=True)), f"{got.query_side}  ")
-        print(f"{NAME[attn]:8}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
+        cells = [f"{value:,} {'✓' if ok else '≠'}" for value, ok in zip(values, same, strict=True)]
+        cells.append(f"{got.query_side}  ")
+        print((f"{NAME[attn]:8}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))).rstrip())
     print()
     say(MEASURED)
     print()

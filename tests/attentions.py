@@ -47,7 +47,7 @@ def config(case: str, pos: str = "rope", **fields) -> Config:
 
 
 def randomized(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """In float64, all weights drawn anew, alpha and norms included, large enough for the softmax to be far from flat."""
+    """In float64, all weights drawn anew, alpha and norms included, large enough for softmaxes far from flat."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double()
     with torch.no_grad():

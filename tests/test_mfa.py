@@ -500,6 +500,7 @@ def test_pick_draws_from_what_top_k_and_top_p_leave():
 
     assert close(share(), 0.5, 0.3, 0.15, 0.05)
     assert close(share(temperature=0), 1.0, 0.0, 0.0, 0.0)
+    assert close(share(temperature=1e-300), 1.0, 0.0, 0.0, 0.0)
     assert close(share(top_k=1), 1.0, 0.0, 0.0, 0.0)
     assert close(share(top_k=2), 0.625, 0.375, 0.0, 0.0)
     assert close(share(top_k=9), 0.5, 0.3, 0.15, 0.05)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attentions import POSITIONS, config, difference, randomized, states, tokens
 from hybrids import HYBRIDS, hybrid_gpt
-from paper import Figure, as_printed, figures, measured_ranks, ranks, table1
+from paper import Args, Figure, as_printed, figures, main, measured_ranks, ranks, table1
 
 from mfa import PRESETS, Config, KVCache
 
@@ -152,22 +152,18 @@ def test_a_hybrid_that_rotates_whole_heads_needs_an_even_head_dim():
 # The command
 
 
-def run(*args, cwd):
+def test_the_command_prints_table_1_and_every_figure_within_120_columns(rows, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(Args(preset="tiny"))
+    printed = capsys.readouterr().out
+    assert "Table 1 for tiny" in printed and all(row.what in printed for row in rows)
+    assert max(map(len, printed.splitlines())) <= 120
+    assert "Next: " in printed.splitlines()[-2]
+
+
+def test_the_command_runs_in_any_folder_and_refuses_an_unknown_preset_in_one_line(tmp_path):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # so that it also runs where not installed
-    env = os.environ | {"PYTHONPATH": path, "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(ROOT / "experiments" / "paper.py"), *args]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8", timeout=120)
-
-
-def test_the_command_prints_table_1_and_every_figure_within_120_columns_from_any_folder(tmp_path, rows):
-    done = run("--preset", "tiny", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Table 1 for tiny" in done.stdout and all(row.what in done.stdout for row in rows)
-    assert max(map(len, done.stdout.splitlines())) <= 120
-    assert "Next: " in done.stdout.splitlines()[-2]
-
-
-def test_an_unknown_preset_is_one_line(tmp_path):
-    done = run("--preset", "nano", cwd=tmp_path)
+    command = [sys.executable, str(ROOT / "experiments" / "paper.py"), "--preset", "nano"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: preset must be one of tiny, baby") and done.stderr.count("\n") == 1
