@@ -1,0 +1,92 @@
+"""Rebuild the notebooks: python notebooks/build.py [NAME ...] [--check]
+
+Each notebooks/NN_name.py, a script in jupytext's percent format, is executed in its folder and written as
+NN_name.ipynb with its outputs; likewise notebooks/solutions/. NAME is any part of a name: `04` is 04_mfa and its
+solutions. What would change from run to run (times, cell ids, the Python version) is left out, so that a rebuild
+shows only real differences. --check executes nothing and says which notebooks differ from their scripts.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = "OWNER/mfa"  # on GitHub; the one place: a rebuild writes it into every badge and first cell
+
+
+def scripts() -> list[Path]:
+    return sorted(HERE.glob("[0-9]*.py")) + sorted((HERE / "solutions").glob("[0-9]*.py"))
+
+
+def with_repository(text: str) -> str:
+    return re.sub(r"(//github\.com/|google\.com/github/)[\w-]+/[\w-]+", rf"\g<1>{REPOSITORY}", text)
+
+
+def read(script: Path) -> nbformat.NotebookNode:
+    """The notebook of a script, not executed: cells with stable ids, no metadata but the kernel."""
+    notebook = jupytext.read(script, fmt="py:percent")
+    notebook.metadata = dict(
+        kernelspec=dict(display_name="Python 3", language="python", name="python3"), language_info=dict(name="python")
+    )
+    for i, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{i:02d}", {}
+    return notebook
+
+
+def sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def in_step(script: Path) -> bool:
+    """The .ipynb beside the script has the same cells, every code cell was executed, in order, without an error."""
+    path = script.with_suffix(".ipynb")
+    if not path.exists():
+        return False
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    ran = [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    failed = any(output.output_type == "error" for cell in code for output in cell.outputs)
+    return sources(notebook) == sources(read(script)) and ran and not failed
+
+
+def build(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    if with_repository(text) != text:
+        script.write_text(with_repository(text), encoding="utf-8")
+    notebook, start = read(script), time.perf_counter()
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True)
+    client.execute(cwd=script.parent)
+    seconds = time.perf_counter() - start
+    notebook.metadata.language_info = dict(name="python")
+    path = script.with_suffix(".ipynb")
+    nbformat.validate(notebook)
+    path.write_text(nbformat.writes(notebook).rstrip("\n") + "\n", encoding="utf-8")
+    n_code = sum(cell.cell_type == "code" for cell in notebook.cells)
+    print(f"{path.relative_to(HERE)}: {n_code} code cells, {seconds:.1f} s, {path.stat().st_size / 1e3:.0f} kB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="part of a notebook's name; default all")
+    parser.add_argument("--check", action="store_true", help="execute nothing; fail if a notebook differs from its script")
+    args = parser.parse_args()
+    chosen = [s for s in scripts() if not args.names or any(name in s.stem for name in args.names)]
+    if not chosen:
+        sys.exit(f"no notebook is called {', '.join(args.names)}; there are {', '.join(s.stem for s in scripts())}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in the same order on every machine: smaller diffs
+    if args.check:
+        stale = [s.stem for s in chosen if not in_step(s)]
+        sys.exit(f"rebuild with python notebooks/build.py {' '.join(stale)}" if stale else 0)
+    for script in chosen:
+        build(script)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+# %% [markdown]
+# # 2. From FPBA to MHA: worked solutions
+#
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/mfa/blob/main/notebooks/solutions/02_fpba_to_mha_solutions.ipynb)
+#
+# The exercises of [02_fpba_to_mha](../02_fpba_to_mha.ipynb). Try them there first.
+
+# %%
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("nb.py"):  # Colab holds this file alone: fetch the rest
+    fetch = "git clone -q --depth 1 https://github.com/OWNER/mfa mfa && pip install -q -e ./mfa"
+    subprocess.run(fetch, shell=True, check=True)
+    os.chdir("mfa/notebooks")
+sys.path[:0] = ["notebooks", ".", ".."]  # nb.py is in one of them
+import nb
+
+nb.start()  # plot style, float64, seed, no gradients
+
+# %%
+from dataclasses import replace
+
+import torch
+from nb import check
+
+from mfa import ATTENTION, Config
+
+cfg = Config(attn="mha", dim=32, n_head=4, head_dim=8, pos="none")
+H, n, d, T = cfg.dim, cfg.heads, cfg.head_dim, 10
+mha, x = ATTENTION["mha"](cfg), torch.randn(1, T, H)
+hint = "see the notebook."
+
+# %% [markdown]
+# **1.** MHA keeps a key and a value of width 128 for each of 32 heads in each of 32 layers, two bytes each: 524,288 bytes, half
+# a megabyte for every token. GQA keeps 8 heads instead of 32: a quarter. A context of 8,192 tokens takes 4.3 GB and 1.1 GB.
+
+# %%
+mha_bytes = 2 * 32 * 2 * 32 * 128
+gqa_bytes = 2 * 32 * 2 * 8 * 128
+large = dict(dim=4096, head_dim=128, n_kv_head=8)
+right = [2 * 32 * ATTENTION[attn].counts(Config(attn=attn, **large)).kv_cache for attn in ("mha", "gqa")]
+print(f"{mha_bytes:,} and {gqa_bytes:,} bytes; 8,192 tokens: {mha_bytes * 8192 / 1e9:.1f} GB and {gqa_bytes * 8192 / 1e9:.1f} GB")
+check(1, [mha_bytes, gqa_bytes], right, hint)
+
+# %% [markdown]
+# **2.** The heads of `k` and `v` are stacked on the rows of the weight. All heads are equal, so the one block is repeated $n$
+# times.
+
+
+# %%
+def repeated(mqa):
+    return mqa.k.weight.repeat(n, 1), mqa.v.weight.repeat(n, 1)
+
+
+mqa, wide = ATTENTION["mqa"](replace(cfg, attn="mqa")), ATTENTION["mha"](cfg)
+k_weight, v_weight = repeated(mqa)
+wide.load_state_dict({**mqa.state_dict(), "k.weight": k_weight, "v.weight": v_weight})
+check(2, wide(x), mqa(x), hint)
+
+# %% [markdown]
+# **3.** The cut of a matrix that has rank $d$ loses nothing. The factors we find are not those we started from: any $Q_c A$ and
+# $K_c A^{-T}$ would do as well. The circuits are what matters; the factors are a choice. (The product $W_c$ keeps $2Hd - d^2$
+# numbers of the factors' $2Hd$.)
+
+
+# %%
+def to_mha(W, U, d):
+    weights = {}
+    for names, circuit in (("qk", W), ("vo", U)):
+        a, s, bT = torch.linalg.svd(circuit)
+        left, right = a[..., :d] * s[..., None, :d], bT[..., :d, :]  # (n, H, d), (n, d, H)
+        weights[names[0]] = left.mT.flatten(0, 1)
+        weights[names[1]] = right.flatten(0, 1)
+    weights["o"] = weights["o"].T
+    return weights
+
+
+again = ATTENTION["mha"](cfg)
+again.load_state_dict({f"{name}.weight": w for name, w in to_mha(mha.qk_circuit(), mha.vo_circuit(), d).items()})
+check(3, again(x), mha(x), hint)
+print(f"other factors than before: q differs by {(again.q.weight - mha.q.weight).abs().max():.2f}")
+
+# %%
+nb.all_right()
