@@ -312,7 +312,7 @@ W_answer = ...
 # %%
 right = ((words[:, None] == words) | (words == 2)).double()
 answer = ... if W_answer is ... else state @ W_answer @ state.T
-check(2, answer, right, "W[a, b] is the score when the looking token is word a, the other word b: the 3 x 3 corner.")
+check(2, answer, right, "W[a, b] is the score when the looking token is word a, the other word b.")
 
 # %% [markdown]
 # **3 (hard).** "One before" took rank 5 of 6 positions above. With better features for positions, rank 2 is enough. Let 12
@@ -327,7 +327,7 @@ W_circle = ...
 
 # %%
 answer = ... if W_circle is ... else attention_maps(circle, W_circle[None])[0].diagonal(-1).min() > 0.9
-check(3, answer, True, "x_i rotated by one step back equals x_j for j = i - 1. Which matrix rotates? How sharp must softmax be?")
+check(3, answer, True, "x_i turned one step back is x_j for j = i - 1. Which matrix turns? How sharp must softmax be?")
 
 # %% [markdown]
 # Worked solutions: [solutions/01_fpba_solutions.ipynb](solutions/01_fpba_solutions.ipynb). Next:

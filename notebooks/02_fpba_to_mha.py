@@ -238,10 +238,10 @@ ax.margins(y=0.12)
 plt.show()
 
 # %% [markdown]
-# Most of what content brings comes with the first few directions, and rank 10 of 16 is nearly as good as 16. No single
-# direction beyond that matters much, but there is no step in the curve either, nor in the spectrum above: nothing here says
-# "the rank of this head is 5". *Caveats.* One seed, a tiny model, ten seconds of training. And a model that is cut after
-# training had no chance to adapt; one that is trained at rank 8 from the start may do better.
+# One direction per head already brings about two thirds of what content is worth here, and rank 10 of 16 is nearly as good as
+# 16. No single direction beyond that matters much, but there is no step in the curve either, nor in the spectrum above: nothing
+# here says "the rank of this head is 5". *Caveats.* One seed, a tiny model, ten seconds of training. And a model that is cut
+# after training had no chance to adapt; one that is trained at rank 8 from the start may do better.
 #
 # ## Sharing: GQA and MQA
 #

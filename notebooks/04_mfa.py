@@ -172,7 +172,7 @@ for attn, width in dict(mha=128, mqa=256, mfa=256).items():
     right.plot([n * width for n in heads], elements, **style | dict(markersize=8 if attn == "mqa" else 4))
 left.axhline(4 * big_H**2 / 1e6, color="gray", linestyle=":", label="MHA at $n d = H$")
 left.set(xlabel="heads × rank of each", ylabel="parameters of one layer, millions", ylim=(0, 52), xlim=(0, 8200))
-right.set(xlabel="heads × rank of each", ylabel="cache elements per token, one layer", xlim=(0, 8200))
+right.set(xlabel="heads × rank of each", ylabel="cache elements per token, one layer", xlim=(0, 8200), ylim=(0, None))
 right.text(8000, 800, "MQA and MFA: always 512", fontsize=9, ha="right")
 left.legend(fontsize=9)
 plt.show()

@@ -80,7 +80,8 @@ print("Eq. 9 with W_K = S_k^T:", tuple(S_v.shape))
 # Eq. 9 works if $W_K$ is $S_k^T$, $(C, H)$. So vectors are *columns* there, and rows in all other equations of the paper. For
 # one token, in both conventions:
 #
-# $$v_j = k_j + \alpha \odot (N k_j) \;\text{(columns)}, \qquad v_j = k_j\, M, \quad M = I + N^T \operatorname{diag}(\alpha) \;\text{(rows)}.$$
+# $$v_j = k_j + \alpha \odot (N k_j) \;\text{(columns)}, \qquad
+# v_j = k_j\, M, \quad M = I + N^T \operatorname{diag}(\alpha) \;\text{(rows)}.$$
 #
 # The gate $\alpha$ multiplies the *output* of $N$. It would be easy to build it on the input by mistake, $N(\alpha \odot k_j)$.
 # The shapes do not object. Only a comparison does:
@@ -97,8 +98,8 @@ assert (on_input - k @ M).norm() > 0.1 * (k @ M).norm()
 # %% [markdown]
 # ## The whole layer, by hand
 #
-# $$O_i = \sum_c \Big( \sum_{j \le i} \phi\Big( \frac{x_i S_q Q_c\, k_j^T}{\sqrt C} \Big)\, k_j M \Big) O_c^T, \qquad k_j = x_j S_k,
-# \qquad U_c = S_k M O_c^T$$
+# $$O_i = \sum_c \Big( \sum_{j \le i} \phi\Big( \frac{x_i S_q Q_c\, k_j^T}{\sqrt C} \Big)\, k_j M \Big) O_c^T,
+# \qquad k_j = x_j S_k, \qquad U_c = S_k M O_c^T$$
 #
 # Only $k_j$ depends on the past: $C$ numbers per token.
 

@@ -41,7 +41,8 @@ mha_bytes = 2 * 32 * 2 * 32 * 128
 gqa_bytes = 2 * 32 * 2 * 8 * 128
 large = dict(dim=4096, head_dim=128, n_kv_head=8)
 right = [2 * 32 * ATTENTION[attn].counts(Config(attn=attn, **large)).kv_cache for attn in ("mha", "gqa")]
-print(f"{mha_bytes:,} and {gqa_bytes:,} bytes; 8,192 tokens: {mha_bytes * 8192 / 1e9:.1f} GB and {gqa_bytes * 8192 / 1e9:.1f} GB")
+for name, size in dict(MHA=mha_bytes, GQA=gqa_bytes).items():
+    print(f"{name}: {size:,} bytes per token, {size * 8192 / 1e9:.1f} GB for 8,192 tokens")
 check(1, [mha_bytes, gqa_bytes], right, hint)
 
 # %% [markdown]
