@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-import torch
-
 from mfa import Config
 from prepare_data import run_command
 from train import Train, load_checkpoint
@@ -39,17 +36,6 @@ def state(path: Path) -> dict:
     return {k: v for k, v in load_checkpoint(path).items() if k not in ("seconds", "args")}
 
 
-def identical(a, b) -> bool:
-    """Are two nests of dicts, lists and tensors equal to the last bit?"""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(identical, a, b))
-    return type(a) is type(b) and a == b
-
-
 def command(main, args_type, argv: list, defaults=None) -> int:
     """The exit code of a command. What it prints is left to capsys."""
     try:
@@ -61,7 +47,3 @@ def command(main, args_type, argv: list, defaults=None) -> int:
 
 def files_below(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def unwilling(*_, **__):
-    pytest.fail("this must not be reached")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import FLAGS, ROOT, command, files_below, identical, rows, small, state, train_losses
+from kill_test import identical, kill_test
+from runs import FLAGS, ROOT, command, files_below, rows, small, state, train_losses
 
 import train as trainer
 from mfa import ATTENTION, GPT, PRESETS, Config, preset
@@ -232,14 +233,20 @@ def test_any_field_of_preset_and_recipe_can_be_overridden():
     args = parsed(*argv)
     assert args.model == preset("baby", "gqa", vocab_size=0, n_kv_head=3, dropout=0.5)
     assert args == Train(
-        model=args.model, preset="baby", match_params=False, out=Path("x"), **RECIPES["baby"] | dict(batch_size=7, learning_rate=1.0)
+        model=args.model,
+        preset="baby",
+        match_params=False,
+        out=Path("x"),
+        **RECIPES["baby"] | dict(batch_size=7, learning_rate=1.0),
     )
 
 
 def test_help_mentions_every_flag(capsys):
     assert command(trainer.main, Train, ["--help"], defaults) == 0
     told = capsys.readouterr().out
-    flags = "attn preset dataset max_iters batch_size block_size learning_rate seed device compile no_compile out resume overwrite"
+    flags = (
+        "attn preset dataset max_iters batch_size block_size learning_rate seed device compile no_compile out resume overwrite"
+    )
     fields = {*flags.split(), *Config.__dataclass_fields__, *Train.__dataclass_fields__} - {"model"}
     assert [name for name in fields if f"--{name}" not in told] == []
 
@@ -372,7 +379,9 @@ def test_a_disk_that_fills_up_leaves_the_last_complete_checkpoint(data, tmp_path
     with pytest.raises(OSError, match="No space left on device: .*best.pt"):
         train(small(data, tmp_path, max_iters=20, resume=True))
     after = files_below(tmp_path)
-    assert {name: after[name] for name in after if name.endswith(".pt")} == {name: before[name] for name in before if name.endswith(".pt")}
+    assert {name: after[name] for name in after if name.endswith(".pt")} == {
+        name: before[name] for name in before if name.endswith(".pt")
+    }
     monkeypatch.undo()
 
 
@@ -399,7 +408,9 @@ def same_run(a: Path, b: Path) -> bool:
 
 
 @quick
-def test_a_run_stopped_by_signals_and_resumed_is_the_uninterrupted_one_to_the_last_bit(uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_run_stopped_by_signals_and_resumed_is_the_uninterrupted_one_to_the_last_bit(
+    uninterrupted, tmp_path, monkeypatch, capsys
+):
     args = replace(uninterrupted, out=tmp_path)
     signals_at(monkeypatch, {37: signal.SIGINT, 121: signal.SIGTERM})
     for step, number in ((37, signal.SIGINT), (121, signal.SIGTERM)):
@@ -537,17 +548,26 @@ def test_a_new_run_refuses_a_folder_that_holds_one_and_overwrite_replaces_it(dat
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 4 and [row["step"] for row in rows(tmp_path)] == [2, 4, 4]
 
 
+def test_a_process_killed_at_random_moments_loses_nothing_and_leaves_no_unreadable_file():
+    result = kill_test(kills=3)  # experiments/kill_test.py does it 50 times
+    assert sum(result["died_in"].values()) == 3 and result["identical_to_uninterrupted"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses that are not finite
 
 
 @quick
-def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_leaves_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_leaves_the_last_good_checkpoint(
+    data, tmp_path, monkeypatch
+):
     plain = trainer.learning_rate
     monkeypatch.setattr(trainer, "learning_rate", lambda step, args: plain(step, args) if step < 12 else math.inf)
     with pytest.raises(SystemExit) as stopped:
         train(small(data, tmp_path, log_interval=4))
-    assert f"the loss is nan at step 14: stopped. {tmp_path / 'latest.pt'} holds the last good state. Try half" in str(stopped.value)
+    assert f"the loss is nan at step 14: stopped. {tmp_path / 'latest.pt'} holds the last good state. Try half" in str(
+        stopped.value
+    )
     ckpt = load_checkpoint(tmp_path / "latest.pt")
     assert ckpt["step"] == 10 and all(p.isfinite().all() for p in ckpt["model"].values())
     assert rows(tmp_path)[-1]["step"] == 12
@@ -579,7 +599,14 @@ def test_ctrl_c_does_not_save_weights_that_are_not_finite(data, tmp_path, monkey
 
 
 def torchrun(script: Path, out: Path, data: Path, *flags: str, restarts: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        f"--max-restarts={restarts}",
+    ]
     command += [str(script), *FLAGS, "--max_iters=50", f"--out={out}", *text(data), *flags]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     # Without the second, restarted gloo processes may read each other's addresses of the life before (PyTorch issue 135712).
