@@ -32,7 +32,6 @@ import zlib
 from base64 import b64decode, b64encode
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,6 +79,10 @@ class File:
     size: int
     sha256: str
     url: str = ""
+
+    def source(self) -> dict:
+        """What meta.json says of it."""
+        return {"name": self.name, "bytes": self.size, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,11 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Text of n bytes -> (n,) ids."""
-        return self.encode_bytes(text.encode("utf-8", "surrogateescape"))
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16)
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
-        return np.frombuffer(data, np.uint8).astype(np.uint16)
+        """Any bytes -> ids, from which to_bytes gives them back."""
+        return self.encode(data.decode("utf-8", "surrogateescape"))
 
     def decode(self, ids) -> str:
         """Ids -> text; what is not UTF-8 becomes U+FFFD."""
@@ -199,8 +203,8 @@ class ByteTokenizer:
         return {"kind": "byte"}
 
 
-class BPETokenizer:
-    """Byte pair encoding, run by tiktoken. Id i is tokens[i], which is also its rank; the last id is the end of text.
+class BPETokenizer(ByteTokenizer):
+    """Bytes, merged as train_bpe learned it, by tiktoken. Id i is tokens[i] and its rank; the last id is the end of text.
 
     The characters "<|endoftext|>" in a text are ordinary text, never that token.
     """
@@ -217,22 +221,14 @@ class BPETokenizer:
         self.encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> np.ndarray:
-        """Text -> (n,) ids."""
+        """Text -> (n,) ids. A byte that is not UTF-8 (see ByteTokenizer) is a token of its own."""
+        plain = partial(self.encoding.encode_to_numpy, disallowed_special=())
         try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(id_dtype(self.n_vocab))
-        except UnicodeEncodeError:  # bytes that are not UTF-8, as Python passes them on from a command line
-            return self.encode_bytes(text.encode("utf-8", "surrogateescape"))
-
-    def encode_bytes(self, data: bytes) -> np.ndarray:
-        """Any bytes -> ids: stretches of UTF-8 as encode() does, every other byte as itself."""
-        parts = re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))
-        good = [self.encode(part) for part in parts[::2]]
-        bad = [self.byte_ids[[ord(c) - 0xDC00 for c in part]] for part in parts[1::2]]
-        return np.concatenate([*itertools.chain(*zip(good, bad, strict=False)), good[-1]])
-
-    def decode(self, ids) -> str:
-        """Ids -> text; what is not UTF-8 becomes U+FFFD."""
-        return self.to_bytes(ids).decode("utf-8", "replace")
+            ids = plain(text)
+        except UnicodeEncodeError:
+            parts = re.split("([\udc80-\udcff])", text)  # at odd places one such byte each
+            ids = np.concatenate([self.byte_ids[[ord(part) & 255]] if k % 2 else plain(part) for k, part in enumerate(parts)])
+        return ids.astype(id_dtype(self.n_vocab))
 
     def to_bytes(self, ids) -> bytes:
         return self.encoding.decode_bytes(np.asarray(ids, np.int64).tolist())
@@ -356,8 +352,17 @@ def read_blocks(path: Path) -> Iterator[bytes]:
         raise BadInput(f"{path}: cannot be unpacked, it is damaged or no {suffix} file ({e})") from None
 
 
-def read_text(path: Path, raw: bool, seen: Callable[[bytes], None] = lambda block: None) -> Iterator[str]:
-    """The text of a file: one piece for every block, which is shown to seen, and one for the end.
+def checksum(path: Path) -> tuple[int, str]:
+    """Bytes and sha256 of what read_blocks gives."""
+    size, sha256 = 0, hashlib.sha256()
+    for block in read_blocks(path):
+        size += len(block)
+        sha256.update(block)
+    return size, sha256.hexdigest()
+
+
+def read_text(path: Path, raw: bool) -> Iterator[str]:
+    """The text of a file: one piece for every block, and one for the end.
 
     Line ends become "\\n" and a byte order mark goes. raw (for bytes as tokens) keeps both, and what is not UTF-8.
     BadInput names the first NUL byte, or the first that is not UTF-8.
@@ -367,7 +372,6 @@ def read_text(path: Path, raw: bool, seen: Callable[[bytes], None] = lambda bloc
         decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
     offset = 0
     for block in itertools.chain(read_blocks(path), [b""]):
-        seen(block)
         if b"\0" in block:
             at = offset + block.index(0)
             raise BadInput(f"{path}: is not text, there is a NUL byte at offset {at:,}; give a text file in UTF-8")
@@ -431,26 +435,24 @@ def find_files(dataset: str, file: str | None, source: str | None, data_dir: Pat
         return corpus, [(wanted.split, find_file(dataset, wanted, source, data_dir)) for wanted in corpus.files]
     path = Path(file if file is not None else sysconfig.get_path("stdlib"))
     corpus = CORPORA["python"] if file is None else Corpus(DOCUMENTS, "", "your own text")
-    if path.is_file():
-        return replace(corpus, rule=CHARACTERS), [("both", path)]
-    if not path.is_dir():
-        raise BadInput(f"--file {path}: there is no such file or folder")
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"} if file is None else set()
-    paths, sizes = [], []
+    if not path.exists():
+        raise BadInput(f"--file {path}: there is no such file or folder")
+    paths = [path] if path.is_file() else []
     for found in sorted(path.rglob("*.py" if file is None else "*"), key=lambda p: p.relative_to(path).as_posix()):
-        folders = found.relative_to(path).parts
-        if found.is_file() and not skip.intersection(folders) and not any(name[0] == "." for name in folders):
+        names = found.relative_to(path).parts
+        if found.is_file() and not skip.intersection(names) and not any(name[0] == "." for name in names):
             with open(found, "rb") as f:
                 head = f.read(8192)
             if head and b"\0" not in head:  # empty files say nothing; a NUL byte is what git, too, knows binaries by
                 paths.append(found)
-                sizes.append(found.stat().st_size)
     if not paths:
         raise BadInput(f"{path}: there is no text file in this folder")
     if len(paths) == 1:
         return replace(corpus, rule=CHARACTERS), [("both", paths[0])]
-    val = range(9, len(paths), 10) or [min(range(len(paths)), key=lambda i: abs(10 * sizes[i] - sum(sizes)))]
-    return corpus, [("val" if i in val else "train", path) for i, path in enumerate(paths)]
+    tenth = sum(p.stat().st_size for p in paths) / 10
+    val = set(paths[9::10]) or {min(paths, key=lambda p: abs(p.stat().st_size - tenth))}
+    return corpus, [("val" if p in val else "train", p) for p in paths]
 
 
 def find_file(dataset: str, wanted: File, source: str | None, data_dir: Path) -> Path:
@@ -486,11 +488,9 @@ def download(dataset: str, wanted: File, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         kept = had = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(wanted.url, headers={"User-Agent": "prepare_data.py (Python urllib)"})
-        if had:
-            request.add_header("Range", f"bytes={had}-")
+        headers = {"User-Agent": "prepare_data.py (Python urllib)"} | ({"Range": f"bytes={had}-"} if had else {})
         try:
-            with urllib.request.urlopen(request, timeout=30) as reply:
+            with urllib.request.urlopen(urllib.request.Request(wanted.url, headers=headers), timeout=30) as reply:
                 kept = had if reply.status == 206 else 0  # 200: the server ignores Range and sends all of it
                 total = kept + int(reply.headers.get("Content-Length") or 0)
                 bar = progress(total=total or None, initial=kept, desc=path.name)
@@ -509,20 +509,16 @@ def download(dataset: str, wanted: File, folder: Path) -> Path:
             reason = getattr(e, "reason", None) or e
         if kept <= had:  # no headway: give up
             raise BadInput(f"--dataset {dataset}: {wanted.url} could not be downloaded: {reason}; {by_hand}") from None
-    sha256, size = hashlib.sha256(), 0
     try:
-        for block in read_blocks(part):
-            sha256.update(block)
-            size += len(block)
-    except BadInput:  # not even an archive: the sum cannot be right
-        size = 0
-    if (size, sha256.hexdigest()) != (wanted.size, wanted.sha256):
+        size, sha256 = checksum(part)
+    except BadInput:  # not even an archive
+        size, sha256 = 0, "none"
+    if (size, sha256) != (wanted.size, wanted.sha256):
         part.unlink()
         if had:  # perhaps a rest of something else was continued: once more, from the beginning
             return download(dataset, wanted, folder)
-        what = f"{size:,} bytes with sha256 {sha256.hexdigest()[:12]}..."
-        right = f"{wanted.size:,} bytes with {wanted.sha256[:12]}..."
-        raise BadInput(f"--dataset {dataset}: {wanted.url} gave {what}, not {right}, and was removed; {by_hand}")
+        what = f"{size:,} bytes with sha256 {sha256[:12]}..., not {wanted.size:,} with {wanted.sha256[:12]}..."
+        raise BadInput(f"--dataset {dataset}: {wanted.url} gave {what}, and was removed; {by_hand}")
     part.replace(path)
     return path
 
@@ -537,46 +533,40 @@ class Text:
     sources: list[dict]  # name, bytes and sha256 of each file; of a folder as a whole
     characters: str  # those that occur; all of them only if the char tokenizer asks
 
-    def stream(self, split: str) -> Iterator[tuple[str, bool]]:
-        """(piece, False), ..., ("", True) for every document; the pieces can be tokenized one by one."""
+    def stream(self, split: str) -> Iterator[str]:
+        """The documents of a split in pieces that can be tokenized one by one, and "" after each document."""
         for part, path, start, stop in self.parts:
             if part == split:
                 texts = window(read_text(path, self.raw), start, stop)
                 for document in split_documents(texts, self.corpus.separator):
-                    empty = True
+                    piece = ""
                     for piece in filter(None, safe_pieces(document)):
-                        empty = False
-                        yield piece, False
-                    if not empty:
-                        yield "", True
+                        yield piece
+                    if piece:  # an empty document says nothing
+                        yield ""
 
 
 def survey(corpus: Corpus, files: list[tuple[str, Path]], label: str, tokenizer: str) -> Text:
     """Read everything once: sums, encoding, the characters in use, and where the split falls. label: of a folder."""
-    text = Text(corpus, tokenizer == "byte", [], [], "")
-    characters = set()
-    with progress(total=sum(path.stat().st_size for _, path in files), desc="checking") as bar:
-        for (split, path), known in itertools.zip_longest(files, corpus.files):
-            sha256, sizes, ends = hashlib.sha256(), [], [0]  # sizes: of the blocks; ends: characters up to each block's end
-
-            def seen(block: bytes, sha256=sha256, sizes=sizes) -> None:
-                sha256.update(block)
-                sizes.append(len(block))
-                bar.update(len(block))
-
-            for piece in read_text(path, text.raw, seen):
+    text, characters = Text(corpus, tokenizer == "byte", [], [], ""), set()
+    for (split, path), known in itertools.zip_longest(files, corpus.files):
+        size, sha256 = checksum(path)
+        found = {"name": known.name if known else path.name, "bytes": size, "sha256": sha256}
+        if known and found != known.source():
+            raise BadInput(f"{path}: is not the {known.name} of this corpus; for a text of your own use --file")
+        text.sources.append(found)
+        ends = [0]  # characters up to the end of each block
+        with progress(total=size, desc=f"checking {path.name}") as bar:
+            for piece in read_text(path, text.raw):
                 ends.append(ends[-1] + len(piece))
+                bar.update(len(piece))
                 if tokenizer == "char" or len(characters) < 2:
                     characters.update(piece)
-            found = {"name": known.name if known else path.name, "bytes": sum(sizes), "sha256": sha256.hexdigest()}
-            if known and found != {"name": known.name, "bytes": known.size, "sha256": known.sha256}:
-                raise BadInput(f"{path}: is not the {known.name} of this corpus; for a text of your own use --file")
-            text.sources.append(found)
-            n = ends[-1]
-            train, val = {"train": (n, n), "val": (0, n), "both": (int(0.9 * n), n)}[split]
-            if corpus.rule == HUTTER:
-                train, val = (ends[end // BLOCK] for end in HUTTER_ENDS)
-            text.parts += [part for part in (("train", path, 0, train), ("val", path, train, val)) if part[2] < part[3]]
+        n = ends[-1]
+        train, val = {"train": (n, n), "val": (0, n), "both": (int(0.9 * n), n)}[split]
+        if corpus.rule == HUTTER:
+            train, val = (ends[end // BLOCK] for end in HUTTER_ENDS)
+        text.parts += [part for part in (("train", path, 0, train), ("val", path, train, val)) if part[2] < part[3]]
     where = label if len(files) > 1 else files[0][1]
     if len(characters) < 2:
         what = f"has only the one character {min(characters)!r}" if characters else "is empty"
@@ -595,17 +585,16 @@ def survey(corpus: Corpus, files: list[tuple[str, Path]], label: str, tokenizer:
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing and reading a data set
 
+FILES = {"train.bin", "val.bin", "meta.json"}
 META = {  # what meta.json must hold
     "version": int, "dataset": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "split": str, "licence": str,
     "train_tokens": int, "train_bytes": int, "train_documents": int,
     "val_tokens": int, "val_bytes": int, "val_documents": int, "sources": list,
 }  # fmt: skip
-AGAIN = "prepare the data again (python prepare_data.py --overwrite)"
+AGAIN = "make it again: python prepare_data.py with the flags it was made with, and --overwrite"
 
 
-def folder_for(
-    dataset: str, tokenizer: str, vocab_size: int | None, file: str | None = None, data_dir: str | Path = DATA
-) -> Path:
+def folder_for(dataset: str, tokenizer: str, vocab_size: int | None, file: str | None = None, data_dir=DATA) -> Path:
     """Where a data set is kept: <data_dir>/<name>-<tokenizer>, bpe with its vocabulary, as in python-bpe8192."""
     if file is not None:  # "file-" keeps a text of the user's called shakespeare.txt apart from the corpus
         dataset = "file-" + re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(file)).stem)
@@ -626,7 +615,8 @@ def prepare(
     dataset: a name in CORPORA. file: a text file or folder of the user's own instead. source: the file or folder that
     has the corpus' text, instead of a download. tokenizer: char, byte, bpe or gpt2. vocab_size: of bpe, the 256 bytes
     and the end-of-text token included (8192). overwrite: make it in any case. The three files appear together or not
-    at all. Raises BadInput for what the user got wrong, OSError for what the disk refuses.
+    at all. One that is there is made again only if its text has changed, never because it is damaged. Raises BadInput
+    for that and for what else the user got wrong, OSError for what the disk refuses.
     """
     if dataset not in CORPORA:
         raise BadInput(f"--dataset {dataset}: is not one of {', '.join(CORPORA)}; for a text of your own use --file")
@@ -644,39 +634,29 @@ def prepare(
     backup = folder.with_name(f".{folder.name}.old")
     if backup.exists() and not folder.exists():  # this program was killed inside install()
         backup.rename(folder)
-    if folder.exists() and (
-        not folder.is_dir() or {path.name for path in folder.iterdir()} - {"train.bin", "val.bin", "meta.json"}
-    ):
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= FILES):
         raise BadInput(f"{folder}: is not, or not only, a data set; move it, or give another --data_dir")
-    known = [{"name": f.name, "bytes": f.size, "sha256": f.sha256} for f in CORPORA[dataset].files]
-    if known and file is None and not overwrite and is_current(folder, known):
-        return folder
+    made_from = read_meta(folder)["sources"] if folder.exists() and not overwrite else None
+    if file is None and made_from and made_from == [f.source() for f in CORPORA[dataset].files]:
+        return folder  # and the source may be gone
 
     corpus, files = find_files(dataset, file, source, Path(data_dir))
     label = f"the standard library of Python {platform.python_version()}" if file is None else Path(os.path.abspath(file)).name
     text = survey(corpus, files, label, tokenizer)
-    if not overwrite and is_current(folder, text.sources):
+    if made_from == text.sources:
         return folder
     tok = make_tokenizer(tokenizer, vocab_size or DEFAULT_VOCAB, text)
-    meta = {
-        "version": VERSION,
-        "dataset": folder.name[: folder.name.rindex("-")],
-        "split": corpus.rule,
-        "licence": corpus.licence,
-        "sources": text.sources,
-        "vocab_size": tok.n_vocab,
-        "dtype": id_dtype(tok.n_vocab).name,
-    }
+    meta = {"version": VERSION, "dataset": folder.name[: folder.name.rindex("-")], "split": corpus.rule}
+    meta |= {"licence": corpus.licence, "sources": text.sources, "vocab_size": tok.n_vocab, "dtype": id_dtype(tok.n_vocab).name}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
-        with progress(total=sum(s["bytes"] for s in text.sources), desc="tokenizing") as bar:
-            for split in ("train", "val"):
-                meta |= write_tokens(temporary, split, text, tok, bar)
+        for split in ("train", "val"):
+            meta |= write_tokens(temporary, split, text, tok)
         seconds = time.perf_counter() - began
         write_file(temporary / "meta.json", [json.dumps(meta | {"tokenizer": tok.spec()}, indent=1).encode("ascii")])
-        if overwrite or not is_current(folder, text.sources):  # or else another process was faster
+        if overwrite or made_from or not folder.exists():  # or else another process was faster
             install(temporary, folder, backup)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -693,7 +673,7 @@ def make_tokenizer(kind: str, vocab_size: int, text: Text) -> CharTokenizer | By
         return ByteTokenizer()
     if kind == "gpt2":
         return gpt2_tokenizer()
-    tokens = train_bpe(window((piece for piece, _ in text.stream("train")), 0, BPE_TRAIN_CHARACTERS), vocab_size)
+    tokens = train_bpe(window(text.stream("train"), 0, BPE_TRAIN_CHARACTERS), vocab_size)
     most = len(tokens) + 1
     if most < vocab_size:
         why = f"no pair in this text occurs twice after {most} tokens"
@@ -701,35 +681,19 @@ def make_tokenizer(kind: str, vocab_size: int, text: Text) -> CharTokenizer | By
     return BPETokenizer(tokens, PATTERN)
 
 
-def write_tokens(folder: Path, split: str, text: Text, tok: Any, bar: Any) -> dict[str, int]:
+def write_tokens(folder: Path, split: str, text: Text, tok: Any) -> dict[str, int]:
     """Write <split>.bin; returns how many tokens, bytes (of UTF-8 text behind them) and documents it holds."""
     end = np.array([] if tok.eot is None else [tok.eot], id_dtype(tok.n_vocab))
     totals = np.zeros(3, np.int64)
 
-    def groups() -> Iterator[list[tuple[str, bool]]]:  # of about BLOCK characters, be the documents long or short
-        group, length = [], 0
-        for piece, ends in text.stream(split):
-            group.append((piece, ends))
-            length += len(piece)
-            if length >= BLOCK:
-                yield group
-                group, length = [], 0
-        if group:
-            yield group
-
-    def tokenize(group: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
-        ids = np.concatenate([end if ends else tok.encode(piece) for piece, ends in group])
-        size = sum(len(piece.encode("utf-8", "surrogateescape")) for piece, _ in group)
-        return ids, size, sum(ends for _, ends in group)
-
     def blocks() -> Iterator[bytes]:
-        todo = groups()
-        with ThreadPoolExecutor() as pool:  # tiktoken lets other threads run while it works
-            while some := list(itertools.islice(todo, 8)):  # a few at a time bound the memory
-                for ids, size, documents in pool.map(tokenize, some):
-                    totals[:] += len(ids), size, documents
-                    bar.update(size)
-                    yield ids.tobytes()
+        with progress(total=sum(source["bytes"] for source in text.sources), desc=f"tokenizing {split}") as bar:
+            for piece in text.stream(split):
+                ids = tok.encode(piece) if piece else end
+                size = len(piece.encode("utf-8", "surrogateescape"))
+                totals[:] += len(ids), size, not piece
+                bar.update(size)
+                yield ids.tobytes()
 
     write_file(folder / f"{split}.bin", blocks())
     return dict(zip((f"{split}_tokens", f"{split}_bytes", f"{split}_documents"), totals.tolist(), strict=True))
@@ -762,7 +726,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json, checked, and the sizes of the two .bin files against it. BadInput says what is wrong with which."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: there is no such folder; make it with python prepare_data.py")
-    for name in ("meta.json", "train.bin", "val.bin"):
+    for name in sorted(FILES):
         if not (folder / name).is_file():
             raise BadInput(f"{folder / name}: is missing; {AGAIN}")
     path = folder / "meta.json"
@@ -788,14 +752,6 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def is_current(folder: Path, sources: list[dict]) -> bool:
-    """Is there a complete data set in folder, made from these sources?"""
-    try:
-        return read_meta(folder)["sources"] == sources
-    except BadInput:
-        return False
-
-
 def load(folder: str | Path) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
     """(train, val, meta): two (tokens,) arrays of ids that stay on the disk, copied on write, and the dict of meta.json.
 
@@ -809,9 +765,8 @@ def load(folder: str | Path) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
         raise BadInput(f"{folder / 'meta.json'}: {what}: it is of another tokenizer; {AGAIN}")
     arrays = [np.memmap(folder / f"{split}.bin", id_dtype(n_vocab), "c") for split in ("train", "val")]
     for ids in arrays:
-        largest = max(int(ids[i : i + BLOCK].max()) for i in range(0, len(ids), BLOCK))
-        if largest >= n_vocab:
-            what = f"holds the id {largest}, but the vocabulary ends at {n_vocab - 1}"
+        if ids.max() >= n_vocab:
+            what = f"holds the id {ids.max()}, but the vocabulary ends at {n_vocab - 1}"
             raise BadInput(f"{ids.filename}: {what}: it is damaged or of another tokenizer; {AGAIN}")
     return arrays[0], arrays[1], meta
 
@@ -820,12 +775,7 @@ def load(folder: str | Path) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
 # The command line
 
 
-def run_command(
-    main: Callable[[Any], None],
-    args_type: type,
-    argv: list[str] | None = None,
-    defaults: Callable[[list[str]], Any] | None = None,
-) -> None:
+def run_command(main: Callable, args_type: type, argv: list[str] | None = None, defaults: Callable | None = None) -> None:
     """Run a command: read argv (sys.argv) into the dataclass args_type with tyro and call main with it.
 
     defaults: given argv, returns the args_type that the flags start from. Ends with exit code 2 and one line on stderr
@@ -882,7 +832,7 @@ class Args:
 
 def fraction_cut(ids: np.ndarray, eot: int, context: int) -> float:
     """Of the documents in ids, the fraction that does not lie whole in one of the contexts laid end to end."""
-    last = np.concatenate([i + np.flatnonzero(ids[i : i + BLOCK] == eot) for i in range(0, len(ids), BLOCK)])
+    last = np.flatnonzero(ids == eot)
     first = np.concatenate([[0], last[:-1] + 1])
     return float(np.mean(first // context != last // context))
 

@@ -392,11 +392,18 @@ def test_a_prepared_corpus_needs_its_source_no_more(no_network, monkeypatch, tmp
     assert prepare("pg-books", tokenizer="byte", data_dir=tmp_path) == folder
 
 
-def test_a_damaged_data_set_is_made_anew(tmp_path):
-    folder = prepare(data_dir=tmp_path)
+def test_a_damaged_data_set_is_refused_and_with_overwrite_made_again_from_its_source(no_network, monkeypatch, tmp_path):
+    source = small(monkeypatch, "pg-books", tmp_path / "books", *["a b\n<|endoftext|>\n" * 3] * 3)
+    folder = prepare("pg-books", source=source, tokenizer="byte", data_dir=tmp_path)
     whole = content(folder)
-    (folder / "train.bin").write_bytes(whole["train.bin"][:1000])
-    assert content(prepare(data_dir=tmp_path)) == whole
+    (folder / "train.bin").write_bytes(whole["train.bin"][:6])
+    damaged = content(folder)
+    with pytest.raises(BadInput, match=r"train.bin: has 6 bytes where .* it is damaged; make it again: .* --overwrite"):
+        prepare("pg-books", source=source, tokenizer="byte", data_dir=tmp_path)
+    with pytest.raises(BadInput, match="give --source with the folder that holds train-0.txt"):
+        prepare("pg-books", tokenizer="byte", data_dir=tmp_path, overwrite=True)
+    assert content(folder) == damaged  # what cannot be made again is left as it is
+    assert content(prepare("pg-books", source=source, tokenizer="byte", data_dir=tmp_path, overwrite=True)) == whole
 
 
 def test_the_fraction_of_documents_cut_is_counted_on_contexts_end_to_end(monkeypatch):
