@@ -35,7 +35,7 @@ Where the paper is misprinted or silent, a line that begins "Paper:" says what i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +45,11 @@ from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
+
+
+def need(ok: bool, what: str) -> None:
+    if not ok:
+        raise ValueError(what)
 
 
 @dataclass(frozen=True)
@@ -87,76 +92,66 @@ class Config:
     balance_coef: float = 0.01  # factor of the expert-level load balance loss
 
     def __post_init__(self):
-        def need(ok: bool, what: str) -> None:
-            if not ok:
-                raise ValueError(what)
-
-        def one_of(name: str, *choices: str) -> None:
+        attn, rope, E, k = self.attn, self.pos == "rope", self.n_expert, self.n_expert_active
+        choices = {"attn": "fpba mha mqa gqa mla mfa mfa_kr", "pos": "rope alibi none"}
+        if attn == "mfa_kr":
+            choices |= {"key_reuse": "gated vanilla proj residual", "key_reuse_rope": "pre post inverse"}
+        for name, allowed in choices.items():
             got = getattr(self, name)
-            need(got in choices, f"{name} must be one of {', '.join(choices)}, not {got!r}")
-
-        one_of("attn", "fpba", "mha", "mqa", "gqa", "mla", "mfa", "mfa_kr")
-        one_of("pos", "rope", "alibi", "none")
-        rope, latent = self.pos == "rope", self.attn in ("mla", "mfa", "mfa_kr")
-        positive = ["block_size", "n_layer", "dim"] + ["n_expert_active", "moe_ffn_dim"] * (self.n_expert > 0)
-        positive += ["head_dim"] * (self.attn in ("mha", "mqa", "gqa", "mla")) + ["n_kv_head"] * (self.attn == "gqa")
-        positive += ["rope_dim"] * (self.attn == "mla" and rope) + ["mfa_n_head"] * (self.attn in ("mfa", "mfa_kr"))
-        for name in positive:
+            need(got in allowed.split(), f"{name} must be one of {allowed.replace(' ', ', ')}, not {got!r}")
+        widths = {"fpba": "dim", "mla": "head_dim rope_dim" if rope else "head_dim", "gqa": "head_dim n_kv_head"}
+        widths |= {"mha": "head_dim", "mqa": "head_dim", "mfa": "mfa_n_head", "mfa_kr": "mfa_n_head"}
+        positive = f"block_size n_layer dim {widths[attn]} {'n_expert_active moe_ffn_dim' if E > 0 else ''}"
+        for name in positive.split():
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in "vocab_size n_head latent_dim q_rank ffn_dim init_std n_expert shared_ffn_dim".split():
             need(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
         need(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         need(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
-        k, E = self.n_expert_active, self.n_expert
         need(not E or k <= E, f"n_expert_active {k} is more than n_expert {E}")
-        n, g, rotated = self.heads, self.n_kv_head, "head_dim"
+        n, g, no_latent = self.heads, self.n_kv_head, f"latent_dim 0 means dim // 8, which is 0 at dim {self.dim}"
         need(n >= 1, f"head_dim {self.head_dim} leaves no head in dim {self.dim}: make it smaller, or give n_head")
-        if self.attn == "fpba":
-            need(n == self.dim, f"fpba has one head per channel: n_head must be 0 or {self.dim}, not {n}")
-            rotated = "dim"
-        elif self.attn == "gqa":
-            need(n % g == 0, f"n_head {n} must be a multiple of n_kv_head {g}")
-        elif latent:
-            need(self.latent >= 1, f"latent_dim 0 means dim // 8, which is 0 at dim {self.dim}: give latent_dim")
-            rotated = "rope_dim" if self.attn == "mla" else "latent"
-            norm = self.latent_norm and self.attn == "mla"
-            need(not norm or self.joint_kv, "latent_norm of mla needs joint_kv: it has no place on separate latents")
-        if self.attn == "mfa_kr":
-            one_of("key_reuse", "gated", "vanilla", "proj", "residual")
-            one_of("key_reuse_rope", "pre", "post", "inverse")
+        need(attn != "fpba" or n == self.dim, f"fpba has one head per channel: n_head must be 0 or {self.dim}, not {n}")
+        need(attn != "gqa" or n % g == 0, f"n_head {n} must be a multiple of n_kv_head {g}")
+        need(attn not in ("mla", "mfa", "mfa_kr") or self.latent >= 1, f"{no_latent}: give latent_dim")
+        separate = attn == "mla" and not self.joint_kv
+        need(not (self.latent_norm and separate), "latent_norm of mla needs joint_kv: it has no place on separate latents")
         if rope:
             need(self.rope_base > 1, f"rope_base must be more than 1, not {self.rope_base}")
-            name, width = rotated.replace("latent", "latent_dim"), getattr(self, rotated)
+            rotated = {"fpba": ("dim", self.dim), "mla": ("rope_dim", self.rope_dim)}
+            rotated |= dict.fromkeys(("mfa", "mfa_kr"), ("latent_dim", self.latent))
+            name, width = rotated.get(attn, ("head_dim", self.head_dim))
             need(width % 2 == 0, f"{name} must be even, since pos='rope' rotates pairs, not {width}")
+
+    # The five defaults that depend on other fields, resolved.
 
     @property
     def heads(self) -> int:
-        """Query heads n (MHA, MQA, GQA, MLA), m (MFA, MFA-KR) or H (FPBA), with the default resolved."""
+        """Query heads: n (MHA, MQA, GQA, MLA), m (MFA, MFA-KR) or H (FPBA)."""
         default = {"fpba": self.dim, "mfa": self.mfa_n_head, "mfa_kr": self.mfa_n_head}
         return self.n_head or default.get(self.attn, self.dim // max(self.head_dim, 1))
 
     @property
     def latent(self) -> int:
-        """C, with the default resolved: H / 8 makes MFA's cache 12.5% of MHA's at every width."""
+        """C. H / 8 makes MFA's cache 12.5% of MHA's at every width."""
         return self.latent_dim or self.dim // 8
 
     @property
     def query_rank(self) -> int:
-        """r, the width of S_q, with the default resolved."""
+        """r, the width of S_q."""
         return self.q_rank or self.latent
 
     @property
     def ffn(self) -> int:
-        """Width of the dense SwiGLU, with the default resolved."""
+        """Width of the dense SwiGLU."""
         return self.ffn_dim or math.ceil(self.dim / 3) * 8
 
     @property
     def std(self) -> float:
-        """Std of the initial weights, with the default resolved.
+        """Std of the initial weights.
 
-        Paper: 0.02, at H = 2048. A score is a product of up to four matrices, so at a tenth of that width 0.02 starts
-        the factored attentions almost uniform and they lose for that reason alone; sqrt(2048 / H) keeps the scores'
-        size.
+        Paper: 0.02, at H = 2048. A score is a product of up to four matrices: at a tenth of that width 0.02 starts the
+        factored attentions almost uniform, and they lose for that reason alone. sqrt(2048 / H) keeps the scores' size.
         """
         return self.init_std or 0.02 * math.sqrt(2048 / self.dim)
 
@@ -182,14 +177,18 @@ PRESETS = {
 
 def preset(name: str, attn: str = "mfa", **overrides) -> Config:
     """The Config of a preset for one attention, with any field overridden."""
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
+    need(name in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
     fields = {k: v for k, v in PRESETS[name].items() if not isinstance(v, dict)}
     return Config(**{"attn": attn, **fields, **PRESETS[name].get(attn, {}), **overrides})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in no less than float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
@@ -232,8 +231,7 @@ class KVCache:
     """
 
     def __init__(self, model: "GPT", batch_size: int, capacity: int, dtype: torch.dtype | None = None):
-        if batch_size < 1 or capacity < 1:
-            raise ValueError(f"a cache needs batch_size and capacity of at least 1, not {batch_size} and {capacity}")
+        need(min(batch_size, capacity) >= 1, f"batch_size and capacity must be at least 1, not {batch_size}, {capacity}")
         like = dict(dtype=dtype or model.embed.weight.dtype, device=model.embed.weight.device)
         self.layers = [
             [torch.zeros(batch_size, heads, capacity, width, **like) for heads, width in block.attn.kept]
@@ -244,10 +242,8 @@ class KVCache:
     def append(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Write T new tokens' (B, heads, T, width) behind the first `length`; return all S, in the dtype of `new`."""
         B, end = new[0].shape[0], self.length + new[0].shape[2]
-        if B != self.batch_size:
-            raise ValueError(f"the cache was made for a batch of {self.batch_size}, not {B}")
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens; {end} do not fit")
+        need(B == self.batch_size, f"the cache was made for a batch of {self.batch_size}, not {B}")
+        need(end <= self.capacity, f"the cache holds {self.capacity} tokens; {end} do not fit")
         for kept, tensor in zip(self.layers[layer], new, strict=True):
             kept[:, :, self.length : end] = tensor
         return tuple(kept[:, :, :end].to(new[0].dtype) for kept in self.layers[layer])
@@ -282,11 +278,6 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
 
 def norm(width: int, cfg: Config, wanted: bool = True) -> nn.Module:
     return nn.RMSNorm(width, eps=cfg.norm_eps) if wanted else nn.Identity()
-
-
-def widen(x: Tensor) -> Tensor:
-    """x in no less than float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def split(x: Tensor, n: int) -> Tensor:
@@ -373,8 +364,8 @@ class Attention(nn.Module):
         return out
 
     def check_bilinear(self) -> None:
-        if any(isinstance(module, nn.RMSNorm) for module in self.modules()):
-            raise ValueError("latent_norm puts a norm between the factors: no longer bilinear, so there is no W_c")
+        normed = any(isinstance(module, nn.RMSNorm) for module in self.modules())
+        need(not normed, "latent_norm puts a norm between the factors: no longer bilinear, so there is no W_c")
 
     def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
         return rotate(x, pos, self.cfg.rope_base) if self.cfg.pos == "rope" else x
@@ -405,8 +396,8 @@ class FPBA(Attention):
     def build(self, cfg: Config) -> None:
         H = cfg.dim
         size = 2 * H**3 * cfg.n_layer * torch.get_default_dtype().itemsize
-        if size > self.LIMIT and torch.empty(0).device.type != "meta":
-            raise ValueError(f"fpba at dim {H} and n_layer {cfg.n_layer} takes {size / 1e9:,.0f} GB: make dim smaller")
+        fits = size <= self.LIMIT or torch.empty(0).device.type == "meta"
+        need(fits, f"fpba at dim {H} and n_layer {cfg.n_layer} takes {size / 1e9:,.0f} GB: make dim smaller")
         self.W = nn.Parameter(torch.empty(H, H, H))  # W_c
         self.U = nn.Parameter(torch.empty(H, H, H))  # U_c
         self.scale, self.kept = H**-0.5, [(H, H), (H, H)]
@@ -436,9 +427,7 @@ class FPBA(Attention):
 class MHA(Attention):
     """Multi-Head Attention (Eqs. 2-3): W_c = Q_c K_c^T, U_c = V_c O_c^T."""
 
-    @staticmethod
-    def kv_heads(cfg: Config) -> int:
-        return cfg.heads
+    kv_heads = staticmethod(lambda cfg: cfg.heads)  # g
 
     def build(self, cfg: Config) -> None:
         H, n, d = cfg.dim, cfg.heads, cfg.head_dim
@@ -471,17 +460,13 @@ class MHA(Attention):
 class GQA(MHA):
     """Grouped-Query Attention: MHA whose n heads share g keys and values, in groups of n/g neighbours."""
 
-    @staticmethod
-    def kv_heads(cfg: Config) -> int:
-        return cfg.n_kv_head
+    kv_heads = staticmethod(lambda cfg: cfg.n_kv_head)
 
 
 class MQA(MHA):
     """Multi-Query Attention: MHA whose heads share one key and one value."""
 
-    @staticmethod
-    def kv_heads(cfg: Config) -> int:
-        return 1
+    kv_heads = staticmethod(lambda cfg: 1)
 
 
 class MLA(Attention):
@@ -495,31 +480,33 @@ class MLA(Attention):
 
     def build(self, cfg: Config) -> None:
         H, m, d, C = cfg.dim, cfg.heads, cfg.head_dim, cfg.latent
-        self.rope_dim = cfg.rope_dim if cfg.pos == "rope" else 0
         r = cfg.query_rank if cfg.compress_query else H
+        self.rope_dim = d_r = cfg.rope_dim if cfg.pos == "rope" else 0
         self.s_q = linear(H, r) if cfg.compress_query else nn.Identity()
         self.q_norm = norm(r, cfg, cfg.latent_norm and cfg.compress_query)
-        self.q = linear(r, m * d)
+        self.q, self.k, self.v, self.o = linear(r, m * d), linear(C, m * d), linear(C, m * d), linear(m * d, H)
         if cfg.joint_kv:
-            self.s_kv, self.kv_norm = linear(H, C), norm(C, cfg, cfg.latent_norm)
+            self.s_kv = linear(H, C)
         else:
             self.s_k, self.s_v = linear(H, C), linear(H, C)
-        self.k, self.v, self.o = linear(C, m * d), linear(C, m * d), linear(m * d, H)
-        self.kept = [(1, C)] if cfg.joint_kv else [(1, C), (1, C)]
-        if self.rope_dim:
-            self.q_rope, self.k_rope = linear(r, m * self.rope_dim), linear(H, self.rope_dim)
-            self.kept = [*self.kept, (1, self.rope_dim)]
-        self.scale = (d + self.rope_dim) ** -0.5
+        self.kv_norm = norm(C, cfg, cfg.latent_norm)
+        if d_r:
+            self.q_rope, self.k_rope = linear(r, m * d_r), linear(H, d_r)
+        self.kept = [(1, C)] * len(self.latents) + [(1, d_r)] * (d_r > 0)
+        self.scale = (d + d_r) ** -0.5
+
+    @property
+    def latents(self) -> list[nn.Linear]:
+        """S_k and S_v, or S_kv alone."""
+        return [self.s_kv] if self.cfg.joint_kv else [self.s_k, self.s_v]
 
     @staticmethod
     def counts(cfg: Config) -> Counts:
-        H, m, d, C = cfg.dim, cfg.heads, cfg.head_dim, cfg.latent
+        H, m, d, C, latents = cfg.dim, cfg.heads, cfg.head_dim, cfg.latent, 1 if cfg.joint_kv else 2
         d_r = cfg.rope_dim if cfg.pos == "rope" else 0
-        latents = 1 if cfg.joint_kv else 2
         r = cfg.query_rank if cfg.compress_query else H
-        params = H * (latents * C + d_r + m * d) + 2 * C * m * d + r * m * (d + d_r) + C * cfg.latent_norm
-        if cfg.compress_query:
-            params += H * r + r * cfg.latent_norm
+        compression = (H * r + r * cfg.latent_norm) if cfg.compress_query else 0
+        params = H * (latents * C + d_r + m * d) + 2 * C * m * d + r * m * (d + d_r) + C * cfg.latent_norm + compression
         rank = min(d, C, r, H)
         return Counts(latents * C + d_r, params, m, rank, min(C, H, m * rank), m * rank)
 
@@ -532,34 +519,30 @@ class MLA(Attention):
         return torch.cat((q, q_rope), dim=-1)  # (B, m, T, d + d_r)
 
     def remember(self, x, pos):
-        kept = [self.kv_norm(self.s_kv(x))] if self.cfg.joint_kv else [self.s_k(x), self.s_v(x)]  # (B, T, C)
+        kept = [self.kv_norm(S(x)) for S in self.latents]  # each (B, T, C)
         if self.rope_dim:
             kept.append(self.rotate(self.k_rope(x), pos))  # (B, T, d_r)
         return tuple(c[:, None] for c in kept)  # each (B, 1, T, C or d_r)
 
     def recall(self, *kept):
-        c_k, c_v = kept[0], kept[0 if self.cfg.joint_kv else 1]
-        k = split(self.k(c_k[:, 0]), self.n_head)  # (B, m, S, d)
-        v = split(self.v(c_v[:, 0]), self.n_head)  # (B, m, S, d)
+        c_k, c_v = kept[0], kept[len(self.latents) - 1]  # (B, 1, S, C) twice
+        k, v = (split(up(c[:, 0]), self.n_head) for up, c in ((self.k, c_k), (self.v, c_v)))  # (B, m, S, d) twice
         if self.rope_dim:
             k = torch.cat((k, kept[-1].expand(-1, self.n_head, -1, -1)), dim=-1)  # (B, m, S, d + d_r)
         return k, v
 
     def qk_circuit(self, offset: int = 0) -> Tensor:
         self.check_bilinear()
-        S_q = self.s_q.weight.mT if self.cfg.compress_query else torch.eye(self.cfg.dim).to(self.q.weight)  # (H, r)
-        S_k = (self.s_kv if self.cfg.joint_kv else self.s_k).weight.mT  # (H, C)
-        Q, K = per_head(self.q.weight, self.n_head), per_head(self.k.weight, self.n_head)  # (m, r, d), (m, C, d)
-        W = S_q @ Q @ K.mT @ S_k.mT  # (m, H, H)
+        K = self.latents[0].weight.mT @ per_head(self.k.weight, self.n_head)  # S_k K_c: (m, H, d)
+        W = per_head(self.q.weight, self.n_head) @ K.mT  # (m, r, H)
         if self.rope_dim:
-            R = self.rotation(offset, W, self.rope_dim)
-            W = W + S_q @ per_head(self.q_rope.weight, self.n_head) @ R @ self.k_rope.weight
-        return W
+            R = self.rotation(offset, W, self.rope_dim)  # (d_r, d_r)
+            W = W + per_head(self.q_rope.weight, self.n_head) @ R @ self.k_rope.weight  # (m, r, H)
+        return self.s_q.weight.mT @ W if self.cfg.compress_query else W  # (m, H, H)
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
         self.check_bilinear()
-        S_v = (self.s_kv if self.cfg.joint_kv else self.s_v).weight.mT  # (H, C)
-        return S_v @ per_head(self.v.weight, self.n_head) @ self.o_heads()  # (m, H, H)
+        return self.latents[-1].weight.mT @ per_head(self.v.weight, self.n_head) @ self.o_heads()  # (m, H, H)
 
 
 class MFA(Attention):
@@ -729,8 +712,8 @@ class Block(nn.Module):
 
 def check_ids(idx: Tensor, vocab_size: int) -> None:
     low, high = idx.min().item(), idx.max().item()
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"token ids must be 0 to {vocab_size - 1} (vocab_size), not {low if low < 0 else high}")
+    wrong = low if low < 0 else high
+    need(0 <= wrong < vocab_size, f"token ids must be 0 to {vocab_size - 1} (vocab_size), not {wrong}")
 
 
 def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
@@ -746,7 +729,9 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
         ordered, order = p.sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # what comes before it is enough already
         p = p.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
-    return torch.multinomial(p, 1, generator=generator)
+    # The least of exponential times over p falls on i with probability p_i. torch.multinomial would wait for the GPU.
+    time = torch.empty_like(p).exponential_(generator=generator).clamp_(min=1e-30)
+    return (p / time).argmax(dim=-1, keepdim=True)
 
 
 class GPT(nn.Module):
@@ -754,12 +739,11 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        if cfg.vocab_size < 1:
-            raise ValueError("vocab_size must be at least 1 to build a model")
+        need(cfg.vocab_size >= 1, "vocab_size must be at least 1 to build a model")
         self.cfg = cfg
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.drop = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = norm(cfg.dim, cfg)
         self.head = linear(cfg.dim, cfg.vocab_size)
         for table in (self.head, self.embed):
@@ -785,8 +769,8 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normed residual before the output head: (B, T) -> (B, T, H). Advances the cache by T tokens."""
         end = idx.shape[1] + (0 if cache is None else cache.length)
-        if not 1 <= end <= self.cfg.block_size:
-            raise ValueError(f"the model takes 1 to {self.cfg.block_size} tokens (block_size), not {end}")
+        limit = self.cfg.block_size
+        need(1 <= end <= limit, f"the model takes 1 to {limit} tokens (block_size), not {end}")
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             check_ids(idx, self.cfg.vocab_size)
         x = self.drop(self.embed(idx))  # (B, T, H)
@@ -796,9 +780,13 @@ class GPT(nn.Module):
             cache.length = end
         return self.norm(x)
 
-    def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:
-        """The prompt idx (B, T) and what stream() yields for it: (B, T + max_new_tokens)."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
+    def generate(self, idx: Tensor, max_new_tokens: int, *args, **options) -> Tensor:
+        """The prompt idx (B, T) and what stream() yields for it: (B, T + max_new_tokens), or less with stop."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **options)), dim=1)
+
+    def next_logits(self, new: Tensor, cache: KVCache | None) -> Tensor:
+        """Logits of what follows the last token of new, (B, T) behind what the cache holds: (B, vocab_size)."""
+        return self.head(self.hidden(new, cache)[:, -1])
 
     @torch.no_grad()
     def stream(
@@ -810,38 +798,50 @@ class GPT(nn.Module):
         top_p: float | None = None,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
+        stop: int | None = None,
+        keep_end: bool = False,
+        cache_dtype: torch.dtype | None = None,
+        decode: Callable | None = None,
     ) -> Iterator[Tensor]:
         """Yield what follows the prompt idx (B, T), one (B, 1) at a time.
 
         Each token is drawn from softmax(logits / temperature), cut to the top_k likeliest and then to the smallest set
-        whose probability reaches top_p; temperature 0 takes the likeliest. When the context has reached block_size it
-        starts anew from its last block_size / 2 tokens, with or without the cache: use_cache changes the speed alone.
+        whose probability reaches top_p; temperature 0 takes the likeliest. A sequence that has drawn `stop` repeats it,
+        and the stream ends when all have. When the context has reached block_size it starts anew from its last
+        block_size / 2 tokens, with or without the cache: use_cache changes the speed alone. A prompt beyond block_size
+        is a ValueError, or cut to its end with keep_end. decode(model, new, cache) may stand in for next_logits at
+        each new (B, 1), where a faster one is at hand.
         """
-        if not (temperature >= 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {top_p}")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must not be negative, not {max_new_tokens}")
-        limit = self.cfg.block_size
-        if not 1 <= idx.shape[1] <= limit:
-            raise ValueError(f"the prompt must have 1 to {limit} tokens (block_size), not {idx.shape[1]}")
+        limit, T = self.cfg.block_size, idx.shape[1]
+        need(0 <= temperature < math.inf, f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+        need(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
+        need(top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
+        need(max_new_tokens >= 0, f"max_new_tokens must not be negative, not {max_new_tokens}")
+        need(1 <= T <= limit or (keep_end and T), f"the prompt must have 1 to {limit} tokens (block_size), not {T}")
         check_ids(idx, self.cfg.vocab_size)
         training = self.training
         self.eval()
         try:
-            context = new = idx  # all that the model may look at, and what of it the cache has not seen
-            cache = KVCache(self, len(idx), min(limit, idx.shape[1] + max_new_tokens)) if use_cache else None
+            context = new = idx[:, -limit:]  # all that the model may look at, and what of it the cache has not seen
+            capacity = min(limit, context.shape[1] + max_new_tokens)
+            cache = KVCache(self, len(idx), capacity, cache_dtype) if use_cache else None
+            stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # (B, 1)
             for _ in range(max_new_tokens):
                 if context.shape[1] > limit:
                     context = new = context[:, -max(limit // 2, 1) :]
                     if cache is not None:
                         cache.length = 0
-                h = self.hidden(context if cache is None else new, cache)  # (B, T, H)
-                new = pick(widen(self.head(h[:, -1])), temperature, top_k, top_p, generator)  # (B, 1)
+                if decode is not None and cache is not None and cache.length:
+                    logits = decode(self, new, cache)
+                else:
+                    logits = self.next_logits(context if cache is None else new, cache)  # (B, vocab_size)
+                new = pick(widen(logits), temperature, top_k, top_p, generator)  # (B, 1)
+                if stop is not None:
+                    new = new.masked_fill(stopped, stop)
+                    stopped = new == stop
                 context = torch.cat((context, new), dim=1)
                 yield new
+                if stop is not None and stopped.all():
+                    return
         finally:
             self.train(training)

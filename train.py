@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -297,6 +298,28 @@ def can_compile(device: torch.device) -> bool:
     return found and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
+def attention_kernels(device: torch.device):
+    """On a GPU, cuDNN's attention first: it trains 1.7 times as fast as FlashAttention at MFA's head width of 256."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def loss_function(model: GPT, runner: nn.Module, dtype: torch.dtype, compile: bool, graphs: bool):
+    """What a step differentiates: tokens (B, T + 1) -> the mean loss. runner is model, or wraps it.
+
+    In bfloat16 the residual stream is bfloat16 too. graphs: CUDA graphs, since launching a small model's kernels one by
+    one takes twice as long as running them. experiments/bench_train.py has the measurements.
+    """
+    if dtype == torch.bfloat16:
+        model.embed.register_forward_hook(lambda module, ids, x: x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x)
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # RMSNorm's gains stay float32
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        return runner(tokens[:, :-1], tokens[:, 1:])[1]  # logits that left the compiled graph would get a gradient of zeros
+
+    return torch.compile(loss_of, mode="reduce-overhead" if graphs else None) if compile else loss_of
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -540,7 +563,8 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
         runner = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if args.compile:
         say("compiling: the first step takes half a minute ...", flush=True)
-        runner = torch.compile(runner)
+    graphs = device.type == "cuda" and world == 1 and args.grad_accum == 1
+    loss_of = loss_function(model, runner, dtype, args.compile, graphs)
     train_ids, val_ids = as_tensor(train_ids, device), as_tensor(val_ids, device)
     pending: list[Tensor] = []  # losses of the steps since the last line, still on the device: reading one waits for it
 
@@ -556,10 +580,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
             stop_unless_finite(loss, "the loss", at, latest)
         return losses.mean().item()
 
-    # cuDNN's attention trains 1.7 times as fast as FlashAttention at MFA's head width of 256.
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    attention = sdpa_kernel(order, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
-    with attention, Stop() as stop:
+    with attention_kernels(device), Stop() as stop:
         if not ckpt:
             save(latest)
         clock, n_logged, compiling = time.perf_counter(), step, args.compile
@@ -575,7 +596,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
                 wait = world > 1 and i < args.grad_accum - 1  # gradients are averaged over processes once a step
                 with runner.no_sync() if wait else contextlib.nullcontext():
                     with autocast():
-                        loss = runner(tokens[:, :-1], tokens[:, 1:])[1] / args.grad_accum
+                        loss = loss_of(tokens) / args.grad_accum
                     scaler.scale(loss).backward()
                 total += loss.detach()
             if args.grad_clip:

@@ -481,6 +481,39 @@ def test_generate_leaves_training_mode_as_it_was():
         assert model.training is mode
 
 
+def test_a_sequence_that_has_drawn_stop_repeats_it_and_generation_ends_when_all_have():
+    model, T = gpt("mfa"), 3
+    prompt = tokens(model.cfg, T=T)
+    free = model.generate(prompt, 15, temperature=0)
+    stop = free[0, T + 2].item()
+    first = [row.index(stop) if stop in row else 15 for row in free[:, T:].tolist()]
+    out = model.generate(prompt, 15, temperature=0, stop=stop)
+    assert out.shape[1] == T + min(15, max(first) + 1)
+    for row, whole, at in zip(out[:, T:], free[:, T:], first, strict=True):
+        assert torch.equal(row[:at], whole[:at][: len(row)]) and (row[at:] == stop).all()
+
+
+def test_a_prompt_beyond_block_size_can_be_cut_to_its_end():
+    model = gpt("mfa")  # block_size 24
+    prompt = tokens(model.cfg, T=17).repeat(1, 2)
+    out = model.generate(prompt, 9, temperature=0, keep_end=True)
+    assert torch.equal(out[:, :34], prompt)
+    assert torch.equal(out[:, 34:], model.generate(prompt[:, -24:], 9, temperature=0)[:, 24:])
+
+
+def test_the_cache_of_generation_has_the_dtype_asked_for_and_the_decode_step_can_be_replaced():
+    model, seen = gpt("mfa"), []
+
+    def decode(model, new, cache):
+        seen.append((new.shape, cache.length, cache.layers[0][0].dtype))
+        return model.next_logits(new, cache)
+
+    prompt = tokens(model.cfg, T=3)
+    out = model.generate(prompt, 4, temperature=0, cache_dtype=torch.bfloat16, decode=decode)
+    assert seen == [((2, 1), length, torch.bfloat16) for length in (3, 4, 5)]  # after the prompt, one token at a time
+    assert torch.equal(out, model.generate(prompt, 4, temperature=0, cache_dtype=torch.bfloat16))
+
+
 def test_equal_generators_draw_equal_tokens():
     model = gpt("mfa")
     draw = [model.generate(tokens(model.cfg, T=3), 15, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
@@ -624,8 +657,8 @@ REFUSED = {
     "a negative id": (lambda m, i: m(i * 0 - 1), "token ids must be 0 to 30 .vocab_size., not -1"),
     "more tokens than block_size": (lambda m, i: m(i.repeat(1, 2)), "takes 1 to 24 tokens .block_size., not 34"),
     "no token": (lambda m, i: m(i[:, :0]), "takes 1 to 24 tokens .block_size., not 0"),
-    "a cache for nobody": (lambda m, i: KVCache(m, 0, 5), "at least 1, not 0 and 5"),
-    "a cache for nothing": (lambda m, i: KVCache(m, 1, 0), "at least 1, not 1 and 0"),
+    "a cache for nobody": (lambda m, i: KVCache(m, 0, 5), "at least 1, not 0, 5"),
+    "a cache for nothing": (lambda m, i: KVCache(m, 1, 0), "at least 1, not 1, 0"),
     "a cache that overflows": (lambda m, i: m(i, cache=KVCache(m, 2, 16)), "the cache holds 16 tokens; 17 do not fit"),
     "a cache of another batch": (lambda m, i: m(i, cache=KVCache(m, 3, 20)), "made for a batch of 3, not 2"),
     "a prompt too long": (lambda m, i: m.generate(i.repeat(1, 2), 1), "prompt must have 1 to 24 tokens"),
@@ -650,7 +683,7 @@ def test_a_call_that_cannot_be_served_is_refused_in_one_sentence(what):
 def test_an_fpba_too_large_to_allocate_says_how_large_and_can_be_counted_on_the_meta_device():
     cfg = preset("paper-1b", "fpba")
     with pytest.raises(ValueError, match="fpba at dim 2048 and n_layer 20 takes 1,374 GB"):
-        GPT(replace(cfg, vocab_size=16))
+        GPT(replace(cfg, vocab_size=10**15))  # an embedding that could not be made either: it is not tried
     with torch.device("meta"):
         attn = ATTENTION["fpba"](cfg)
     assert sum(p.numel() for p in attn.parameters()) == attn.counts(cfg).params == 2 * 2048**3
