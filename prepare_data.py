@@ -10,6 +10,7 @@ the counts that turn a loss into bits per byte: loss / ln 2 * tokens / bytes. Te
 """
 
 import codecs
+import contextlib
 import gzip
 import hashlib
 import heapq
@@ -238,8 +239,8 @@ class BPETokenizer(ByteTokenizer):
         return {"kind": self.kind, "pattern": self.pattern, "tokens": tokens}
 
 
-def tokenizer_from(spec: dict) -> CharTokenizer | ByteTokenizer | BPETokenizer:
-    """The tokenizer that spec() described. BadInput if the description is malformed."""
+def tokenizer_from(spec: dict, path: str | Path = "tokenizer") -> CharTokenizer | ByteTokenizer | BPETokenizer:
+    """The tokenizer that spec() described in the file path. BadInput if the description is malformed."""
     try:
         kind = spec["kind"]
         if kind == "char":
@@ -254,7 +255,7 @@ def tokenizer_from(spec: dict) -> CharTokenizer | ByteTokenizer | BPETokenizer:
         raise ValueError(f"its kind is {kind!r}, not char, byte, bpe or gpt2")
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         reason = f"it has no {e}" if isinstance(e, KeyError) else e
-        raise BadInput(f"the tokenizer's description is malformed: {reason}; prepare the data again") from None
+        raise BadInput(f"{path}: the tokenizer's description is malformed: {reason}; prepare the data again") from None
 
 
 # How text is cut into chunks, across which BPE never merges: contractions; a word, a number of up to three digits or a
@@ -630,6 +631,8 @@ def prepare(
         raise BadInput(f"--vocab_size {vocab_size}: goes with --tokenizer bpe only, not with {tokenizer}")
     if vocab_size is not None and not 257 <= vocab_size <= 1_000_000:
         raise BadInput(f"--vocab_size {vocab_size}: must be 257 (256 bytes and the end of text) to 1000000")
+    if Path(data_dir).is_file():
+        raise BadInput(f"--data_dir {data_dir}: is a file; give a folder")
     folder = folder_for(dataset, tokenizer, vocab_size, file, data_dir)
     backup = folder.with_name(f".{folder.name}.old")
     if backup.exists() and not folder.exists():  # this program was killed inside install()
@@ -701,11 +704,14 @@ def write_tokens(folder: Path, split: str, text: Text, tok: Any) -> dict[str, in
 
 def write_file(path: Path, blocks: Iterable[bytes]) -> None:
     """Write a file, and wait until it is on the disk."""
-    with open(path, "wb") as f:
-        for block in blocks:
-            f.write(block)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(path, "wb") as f:
+            for block in blocks:
+                f.write(block)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:  # that of a full disk does not name the file
+        raise OSError(e.errno, e.strerror, e.filename or str(path)) from e
 
 
 def install(temporary: Path, folder: Path, backup: Path) -> None:
@@ -732,14 +738,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_bytes().decode("utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: is not JSON in UTF-8 ({e}); {AGAIN}") from None
     version = meta.get("version") if isinstance(meta, dict) else None
     if version != VERSION:
         raise BadInput(f"{path}: is of version {version!r}, not {VERSION}; {AGAIN}")
     for key, kind in META.items():
-        if type(meta.get(key)) is not kind:
-            raise BadInput(f"{path}: {key!r} is missing or no {kind.__name__}; {AGAIN}")
+        if type(meta.get(key)) is not kind or kind is int and meta[key] < 1:
+            raise BadInput(f"{path}: {key!r} is missing or no {'positive ' * (kind is int)}{kind.__name__}; {AGAIN}")
     dtype = id_dtype(meta["vocab_size"])
     if meta["dtype"] != dtype.name:
         raise BadInput(f"{path}: dtype is {meta['dtype']!r}, but {meta['vocab_size']} tokens need {dtype}; {AGAIN}")
@@ -759,7 +765,7 @@ def load(folder: str | Path) -> tuple[np.memmap, np.memmap, dict[str, Any]]:
     """
     folder = Path(folder)
     meta = read_meta(folder)
-    n_vocab = tokenizer_from(meta["tokenizer"]).n_vocab
+    n_vocab = tokenizer_from(meta["tokenizer"], folder / "meta.json").n_vocab
     if n_vocab != meta["vocab_size"]:
         what = f"has a vocabulary of {meta['vocab_size']:,}, but the tokenizer in it one of {n_vocab:,}"
         raise BadInput(f"{folder / 'meta.json'}: {what}: it is of another tokenizer; {AGAIN}")
@@ -787,8 +793,7 @@ def run_command(main: Callable, args_type: type, argv: list[str] | None = None, 
             stream.reconfigure(encoding="utf-8", errors="replace")
     argv = sys.argv[1:] if argv is None else argv
     try:
-        default = {"default": defaults(argv)} if defaults else {}
-        main(tyro.cli(args_type, args=argv, use_underscores=True, **default))
+        main(parse(args_type, argv, {"default": defaults(argv)} if defaults else {}))
         sys.stdout.flush()
     except BadInput as e:
         stop(f"error: {e}", 2)
@@ -801,6 +806,21 @@ def run_command(main: Callable, args_type: type, argv: list[str] | None = None, 
         if e.errno is None:  # not from the operating system
             raise
         stop(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e.strerror}", 2)
+
+
+def parse(args_type: type, argv: list[str], default: dict) -> Any:
+    """tyro.cli, with its complaint, a box of several lines, made one line."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(args_type, args=argv, use_underscores=True, **default)
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        words = re.sub("[─-╿]+|-{3,}", " ", told.getvalue().partition("\n")[2]).split()  # without title and frame
+        raise BadInput(re.split(" Argument helptext| For full helptext", " ".join(words))[0]) from None
+    except ValueError as e:  # a dataclass that refuses its values, as mfa.Config does
+        raise BadInput(str(e)) from None
 
 
 def stop(line: str, code: int) -> None:

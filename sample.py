@@ -68,8 +68,10 @@ def main(args: Sample) -> None:
         raise BadInput(f"--seed must be from 0 to 2^32 - 1, not {args.seed}")
     path, device = args.checkpoint or newest_checkpoint(), pick_device(args.device)
     ckpt = load_checkpoint(path)
-    model, tokenizer = model_from(ckpt, path, device).eval(), tokenizer_from(ckpt["tokenizer"])
+    model, tokenizer = model_from(ckpt, path, device).eval(), tokenizer_from(ckpt["tokenizer"], path)
     cfg = model.cfg
+    if tokenizer.n_vocab > cfg.vocab_size:
+        raise BadInput(f"{path} is of another tokenizer: it has {tokenizer.n_vocab} tokens, the model {cfg.vocab_size}")
     try:
         prompt = tokenizer.encode(args.prompt).tolist() if args.prompt else start_of_text(tokenizer)
     except BadInput as e:
@@ -81,9 +83,7 @@ def main(args: Sample) -> None:
     idx, seconds = torch.tensor([prompt], device=device), 0.0
     for k in range(args.num_samples):
         generator = torch.Generator(device).manual_seed(args.seed + k)
-        stream = model.stream(
-            idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.cache, generator
-        )
+        stream = model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.cache, generator)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
         sys.stdout.write(args.prompt)
         clock = time.perf_counter()

@@ -39,7 +39,8 @@ from mfa import ATTENTION, GPT, PRESETS, Config, preset
 from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_from
 
 FORMAT = 1  # of a checkpoint; raised when old ones can no longer be read
-NEEDED = set("model optimizer scaler rng step best_loss seconds config tokenizer data args".split())  # what it must hold
+NEEDED = dict.fromkeys("model optimizer scaler config tokenizer data args".split(), dict)  # what it must hold
+NEEDED |= dict(rng=Tensor, step=int, best_loss=float, seconds=float)
 
 
 @dataclass
@@ -237,14 +238,15 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
     if not path.is_file():
         raise BadInput(f"no checkpoint at {path}: train one with python train.py, or give its path")
     try:
-        ckpt = torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what torch finds odd about a file that is none
+            ckpt = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:  # a damaged file can raise nearly anything
         what = "is not a checkpoint of train.py, or a damaged one" if path.stat().st_size else "is empty"
-        raise BadInput(f"{path} {what} ({type(e).__name__})") from e
+        raise BadInput(f"{path} {what} ({type(e).__name__}): give a best.pt or latest.pt of a run") from e
     found = ckpt.get("format") if isinstance(ckpt, dict) else type(ckpt).__name__
     if found != FORMAT:
         raise BadInput(f"{path} is of format {found}, not {FORMAT}: train it again with this train.py")
-    if missing := sorted(NEEDED - ckpt.keys()):
+    if missing := [name for name, kind in NEEDED.items() if not isinstance(ckpt.get(name), kind)]:
         raise BadInput(f"{path} is damaged: it has no {', '.join(missing)}")
     return ckpt
 
@@ -329,7 +331,7 @@ def defaults(argv: list[str]) -> Train:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in dict(preset="tiny", attn="mfa", out=None, device="auto").items():
         first.add_argument(f"--{name}", nargs="?", default=default, const=default)
-    first.add_argument("--resume", action="store_true")
+    first.add_argument("--resume", nargs="?", default=False, const=True)
     given = first.parse_known_args(argv)[0]
     latest = Path(given.out or f"out/{given.preset}-{given.attn}") / "latest.pt"
     if given.resume and latest.is_file():

@@ -421,7 +421,7 @@ def main(args: Args) -> None:
     try:
         preset(args.preset)
     except ValueError as e:
-        raise BadInput(str(e)) from e
+        raise BadInput(f"--{e}") from e
     print_table1(args.preset)
     print()
     print_figures(figures())

@@ -166,4 +166,4 @@ def test_the_command_runs_in_any_folder_and_refuses_an_unknown_preset_in_one_lin
     command = [sys.executable, str(ROOT / "experiments" / "paper.py"), "--preset", "nano"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: preset must be one of tiny, baby") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --preset must be one of tiny, baby") and done.stderr.count("\n") == 1

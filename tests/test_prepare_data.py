@@ -669,7 +669,7 @@ BAD = [
     ("--dataset wikitext-2 --source wiki", "--source wiki", "no valid.txt"),
     ("--dataset tinyshakespeare --source short.txt", "short.txt", "--file"),
     ("--context 0", "--context 0", "1 or more"),
-    ("--data_dir data-file", "data-file", "irectory"),
+    ("--data_dir data-file", "--data_dir data-file", "is a file; give a folder"),
     ("--data_dir data-file/below", "data-file", "irectory"),
 ]  # fmt: skip
 
@@ -721,7 +721,7 @@ SPOILED = {
     "meta not UTF-8": (lambda f: (f / "meta.json").write_bytes(b"\xff\xfe"), "is not JSON in UTF-8"),
     "meta a list": (lambda f: (f / "meta.json").write_bytes(b"[1]"), "is of version None"),
     "other version": (lambda f: spoil_meta(f, version=99), "is of version 99, not 1"),
-    "count not a number": (lambda f: spoil_meta(f, val_tokens="100"), "'val_tokens' is missing or no int"),
+    "count not a number": (lambda f: spoil_meta(f, val_tokens="100"), "'val_tokens' is missing or no positive int"),
     "no byte count": (lambda f: spoil_meta(f, train_bytes=None), "'train_bytes' is missing"),
     "other type": (lambda f: spoil_meta(f, dtype="uint32"), "dtype is 'uint32'"),
     "other tokenizer": (lambda f: spoil_meta(f, tokenizer={"kind": "byte"}), "of another tokenizer"),
