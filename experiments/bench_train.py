@@ -1,0 +1,428 @@
+"""Training speed and quality beside nanoGPT, unmodified, in the same run: python experiments/bench_train.py --nanogpt FOLDER
+
+FOLDER is a checkout of karpathy/nanoGPT. Three parts; each adds its entry to experiments/results/train.json as it ends:
+
+    small    124M parameters, 32 x 1024 tokens a step, compiled, random tokens: steps of nanoGPT, of our MHA and of our
+             MFA in turn on one GPU; the median, the peak of memory, the share of the card's own bf16 matrix rate
+    baby     tinyshakespeare: each trainer as its own command with its own recipe; seconds from the end of the first
+             (compiling) step to the first validation loss of 1.48, evaluations included; best loss over seeds
+    cpu      nanoGPT's recipe for a CPU against our tiny preset: seconds to 1.88, whole commands; then tokens/s at
+             nanoGPT's own size and batch, steps in turn
+"""
+
+import importlib
+import json
+import os
+import queue
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from provenance import ROOT, provenance
+
+from mfa import GPT, Config, preset
+from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_from
+from train import Train, attention_kernels, loss_function, make_optimizer, match_params, pick_device, write_atomically
+
+CPU_RECIPE = (
+    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
+    "--n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)  # nanoGPT's README, "I only have a macbook"
+
+
+@dataclass
+class Bench:
+    """Training speed and quality beside nanoGPT in the same run."""
+
+    nanogpt: Path
+    """A checkout of karpathy/nanoGPT."""
+    part: Literal["small", "baby", "cpu"] = "cpu"
+    """What to measure: small and baby want a GPU, cpu two quiet cores."""
+    source: Path | None = None
+    """tinyshakespeare's text, where it cannot be downloaded."""
+    data_dir: Path = DATA
+    """Where prepared corpora are kept."""
+    results: Path = ROOT / "experiments" / "results" / "train.json"
+    """The file to add to."""
+    seeds: int = 3
+    """Seeds of each attention in part baby."""
+    flags: str = ""
+    """Further flags for our train.py in part baby, in one string."""
+    smoke: bool = False
+    """Toy sizes, to see that it runs: the figures mean nothing."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps in turn
+
+
+def nanogpt_step(folder: Path, cfg: Config, batch: int, device: torch.device) -> tuple[Callable, int]:
+    """One training step of nanoGPT's model as its train.py takes it, at cfg's size; and its parameters."""
+    sys.path.insert(0, str(folder))
+    nano = importlib.import_module("model")
+    sys.path.remove(str(folder))
+    sizes = dict(n_layer=cfg.n_layer, n_head=cfg.dim // cfg.head_dim, n_embd=cfg.dim, block_size=cfg.block_size)
+    model = nano.GPT(nano.GPTConfig(vocab_size=cfg.vocab_size, dropout=0.0, bias=False, **sizes)).to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+    loss_of = torch.compile(model) if device.type == "cuda" else model
+    return stepper(
+        lambda tokens: loss_of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1], model, optimizer, cfg, batch
+    )
+
+
+def our_step(cfg: Config, batch: int, device: torch.device) -> tuple[Callable, int]:
+    """The same of ours, with what train.py does to make it fast."""
+    model, on_gpu = GPT(cfg).to(device).train(), device.type == "cuda"
+    optimizer = make_optimizer(model, Train(model=cfg), device)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
+    loss_of = loss_function(model, model, torch.bfloat16 if on_gpu else torch.float32, compile=on_gpu, graphs=on_gpu)
+    return stepper(loss_of, model, optimizer, cfg, batch)
+
+
+def stepper(loss_of, model, optimizer, cfg: Config, batch: int) -> tuple[Callable, int]:
+    device = next(model.parameters()).device
+    tokens = torch.randint(cfg.vocab_size, (batch, cfg.block_size + 1), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of(tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+def in_turn(steps: dict[str, Callable], device: torch.device, rounds: int, per_round: int) -> dict[str, float]:
+    """Median milliseconds of a step of each, measured in alternating rounds."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    taken = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            step()  # after another's, the first one finds cold caches
+            wait()
+            clock = time.perf_counter()
+            for _ in range(per_round):
+                step()
+            wait()
+            taken[name].append((time.perf_counter() - clock) / per_round * 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def matrix_rate(device: torch.device) -> float:
+    """bf16 multiply-adds of large random matrices, in floating-point operations a second."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    ms = in_turn({"matmul": lambda: a @ b}, device, 5, 10)["matmul"]
+    return 2 * n**3 / ms * 1e3
+
+
+def flops(cfg: Config) -> float:
+    """Floating-point operations of training on one token, by paper and pencil: 6 for each weight in a matrix product, and
+    6 (n w_k + n w_v) for each earlier token that a query meets, (block_size + 1) / 2 on average since attention is causal.
+    """
+    with torch.device("meta"):
+        model = GPT(cfg)
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name != "embed.weight")
+    weights += cfg.tied * model.embed.weight.numel()  # the output head's product
+    widths = {"mha": 2 * cfg.head_dim, "mfa": 2 * cfg.latent}[cfg.attn] * cfg.heads
+    return 6 * (weights + cfg.n_layer * widths * (cfg.block_size + 1) / 2)
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes of the GPU that PyTorch holds, CUDA graphs' pools included."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+def small(args: Bench) -> dict:
+    device = pick_device("auto")
+    if device.type != "cuda" and not args.smoke:
+        raise BadInput("--part small needs a CUDA GPU; --smoke shows on a CPU that it runs")
+    torch.set_float32_matmul_precision("high")
+    toy = dict(n_layer=2, dim=128, vocab_size=300, block_size=64) if args.smoke else {}
+    batch, rounds, per_round = (2, 2, 1) if args.smoke else (32, 7, 10)
+    mha = preset("small", "mha", **toy)
+    configs = {"ours, mha": mha, "ours, mfa": match_params(preset("small", "mfa", **toy))}
+    # Our preset follows Table 3's 2H of query width; Section 4.4's models have 1.75H.
+    configs["ours, mfa, 14 heads"] = match_params(preset("small", "mfa", mfa_n_head=14, **toy))
+    rate, made, rows = matrix_rate(device), {}, {}
+    print(f"bf16 matrix products: {rate / 1e12:.0f} TFLOP/s", flush=True)
+    makers = {"nanoGPT": lambda: nanogpt_step(args.nanogpt, mha, batch, device)}
+    makers |= {name: lambda cfg=cfg: our_step(cfg, batch, device) for name, cfg in configs.items()}
+    with attention_kernels(device):
+        for name, make in makers.items():
+            clock, before = time.perf_counter(), reserved(device)
+            step, params = make()
+            for _ in range(5):
+                step()
+            after = (
+                torch.cuda.memory_reserved() if device.type == "cuda" else 0
+            )  # it gives nothing back while it runs: the peak
+            print(f"{name}: {params:,} parameters, compiled in {time.perf_counter() - clock:.0f} s", flush=True)
+            made[name], rows[name] = step, {"params": params, "peak_bytes": after - before}
+        ms = in_turn(made, device, rounds, per_round)
+    tokens = batch * mha.block_size
+    for name, row in rows.items():
+        count = flops(configs.get(name, mha)) * tokens
+        row |= {"ms": ms[name], "tokens_per_s": tokens / ms[name] * 1e3, "share_of_rate": count / ms[name] * 1e3 / rate}
+        row["of_nanogpt"] = ms["nanoGPT"] / ms[name]
+        row["of_our_mha"] = ms["ours, mha"] / ms[name]
+    return {"matrix_flops": rate, "batch": batch, "context": mha.block_size, "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole commands
+
+
+def timed_lines(command: list[str], cwd: Path):
+    """(seconds since the start, line) for each line that a command prints. Closing this ends the command."""
+    began, lines = time.perf_counter(), queue.Queue()
+    environment = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
+        **(env or {}),
+    }
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+    )
+
+    def read() -> None:  # in a thread of its own, so that a slow reader does not shift the times
+        for line in process.stdout:
+            lines.put((time.perf_counter() - began, line.rstrip()))
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    said = []
+    try:
+        while (item := lines.get()) is not None:
+            said.append(item[1])
+            yield item
+        if process.wait():
+            raise BadInput("the command failed: " + " ".join(command) + "\n" + "\n".join(said[-15:]))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def race(command: list[str], cwd: Path, start: str, validation: str, target: float, to_end: bool = True) -> dict:
+    """Run a trainer. Seconds count from the first line that matches start; validation captures step and loss."""
+    first, hit, curve, end = None, None, [], 0.0
+    lines = timed_lines(command, cwd)
+    for at, line in lines:
+        end = at
+        if first is None and re.search(start, line):
+            first = at
+        if found := re.search(validation, line):
+            step, loss = int(found[1]), float(found[2])
+            curve.append([step, loss, None if first is None else round(at - first, 3)])
+            if hit is None and loss <= target and first is not None:
+                hit = [step, round(at - first, 3)]
+                if not to_end:
+                    lines.close()
+                    break
+    step, loss, _ = min(curve, key=lambda row: row[1])
+    return {"seconds_to_target": hit and hit[1], "step_at_target": hit and hit[0], "best": loss, "best_step": step,
+            "whole_seconds": round(end, 1), "curve": curve}  # fmt: skip
+
+
+def nanogpt_copy(folder: Path, text: Path, place: Path) -> Path:
+    """A copy of the checkout with tinyshakespeare in it, prepared by nanoGPT's own script."""
+    copy = place / "nanoGPT"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".git", "assets", "out*"))
+    data = copy / "data" / "shakespeare_char"
+    shutil.copyfile(text, data / "input.txt")
+    (place / "stand-in").mkdir()
+    (place / "stand-in" / "requests.py").write_text(
+        "# imported by prepare.py, which needs it only to download\n", encoding="utf-8"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[1:], str(place / "stand-in")])}
+    subprocess.run([sys.executable, "prepare.py"], cwd=data, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return copy
+
+
+NANO_VALIDATION = r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)"
+OUR_VALIDATION = r"^step +(\d+)  validation ([\d.]+)"
+
+
+def ours(args: Bench, out: Path, *flags: str) -> list[str]:
+    places = ["--dataset", "tinyshakespeare", "--data_dir", str(args.data_dir.resolve()), "--out", str(out)]
+    return [sys.executable, str(ROOT / "train.py"), *flags, *places]
+
+
+def baby(args: Bench, text: Path, place: Path) -> dict:
+    copy, target = nanogpt_copy(args.nanogpt, text, place), 3.3 if args.smoke else 1.48
+    toy = (
+        "--max_iters 4 --eval_interval 2 --n_layer 1 --dim 64 --eval_tokens 600 --batch_size 4 --log_interval 1"
+        if args.smoke
+        else ""
+    )
+    theirs = (
+        "--max_iters=4 --eval_interval=2 --eval_iters=1 --n_layer=1 --n_embd=48 --batch_size=2 --log_interval=1"
+        if args.smoke
+        else ""
+    )
+    if not torch.cuda.is_available():
+        theirs += " --device=cpu --compile=False"
+    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *theirs.split()]
+    result = {"target": target}
+    print("nanoGPT ...", flush=True)
+    result["nanoGPT"] = race(command, copy, r"^iter 0:", NANO_VALIDATION, target, to_end=False)
+    print(f"nanoGPT: {result['nanoGPT']['seconds_to_target']} s to {target}", flush=True)
+
+    def run(attn: str, seed: int) -> dict:
+        flags = ["--preset", "baby", "--attn", attn, "--seed", str(seed), *toy.split(), *args.flags.split()]
+        start = r"^compiled" if torch.cuda.is_available() else r"^step +1 "
+        return race(ours(args, place / f"{attn}-{seed}", *flags), place, start, OUR_VALIDATION, target)
+
+    for attn in ("mfa", "mfa_kr", "mha"):  # one at a time: these are the ones that are timed
+        result[attn] = {"timed": run(attn, 1337)}
+        timed = result[attn]["timed"]
+        print(f"{attn}: {timed['seconds_to_target']} s to {target}, best {timed['best']} at {timed['best_step']}", flush=True)
+    jobs = [(attn, 1337 + k) for attn in ("mfa", "mfa_kr") for k in range(1, args.seeds)]
+    found: dict = {}
+    threads = [threading.Thread(target=lambda job=job: found.update({job: run(*job)})) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for attn in ("mfa", "mfa_kr", "mha"):
+        best = [result[attn]["timed"]["best"]] + [r["best"] for (a, _), r in sorted(found.items()) if a == attn]
+        spread = statistics.stdev(best) if len(best) > 1 else None
+        result[attn] |= {"best": best, "mean_best": statistics.mean(best), "std_best": spread}
+    return result
+
+
+def cpu(args: Bench, text: Path, place: Path) -> dict:
+    copy, target = nanogpt_copy(args.nanogpt, text, place), 3.5 if args.smoke else 1.88
+    theirs = "--max_iters=4 --eval_interval=2 --eval_iters=1" if args.smoke else ""
+    toy = "--max_iters 4 --eval_interval 2 --eval_tokens 600 --log_interval 1" if args.smoke else ""
+    config = "config/train_shakespeare_char.py"
+    result: dict = {"target": target, "threads": torch.get_num_threads()}
+    races = {
+        "nanoGPT": (
+            [sys.executable, "train.py", config, *CPU_RECIPE.split(), *theirs.split()],
+            copy,
+            r"^iter 0:",
+            NANO_VALIDATION,
+        )
+    }
+    for attn in ("mfa_kr", "mfa"):
+        flags = ["--preset", "tiny", "--attn", attn, "--log_interval", "1", "--device", "cpu", *toy.split()]
+        races[attn] = (ours(args, place / attn, *flags), place, r"^step +1 ", OUR_VALIDATION)
+    for name, (command, cwd, start, validation) in races.items():
+        print(f"{name} ...", flush=True)
+        result[name] = race(command, cwd, start, validation, target)
+        print(f"{name}: {result[name]['seconds_to_target']} s to {target}, best {result[name]['best']}", flush=True)
+
+    # Speed at nanoGPT's own size and batch; nanoGPT's feed-forward has 8 H^2 weights, so the parameters are equal.
+    device, nano = (
+        torch.device("cpu"),
+        Config(attn="mha", vocab_size=65, block_size=64, n_layer=4, dim=128, head_dim=32, ffn_dim=344),
+    )
+    torch.set_float32_matmul_precision("high")
+    steps, rows = {}, {}
+    made = {"nanoGPT": nanogpt_step(copy, nano, 12, device)}
+    for attn in ("mha", "mfa", "mfa_kr"):
+        made[f"ours, {attn}"] = our_step(match_params(replace(nano, attn=attn)), 12, device)
+    for name, (step, params) in made.items():
+        steps[name], rows[name] = step, {"params": params}
+    ms = in_turn(steps, device, 2 if args.smoke else 9, 2 if args.smoke else 40)
+    for name, row in rows.items():
+        row |= {"ms": ms[name], "tokens_per_s": 12 * 64 / ms[name] * 1e3, "of_nanogpt": ms["nanoGPT"] / ms[name]}
+    return result | {"speed": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def table(results: dict) -> str:
+    """What was measured so far, as Markdown."""
+    lines = []
+    if "small" in results:
+        part = results["small"]
+        lines += [f"124M, {part['batch']} x {part['context']} tokens a step, {part['device']}:", ""]
+        lines += [
+            "| | parameters | ms a step | tokens/s | nanoGPT = 1 | share of bf16 rate | peak GB |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in part["rows"].items():
+            speed = f"{row['ms']:.1f} | {row['tokens_per_s']:,.0f} | {row['of_nanogpt']:.2f} | {row['share_of_rate']:.0%}"
+            lines.append(f"| {name} | {row['params'] / 1e6:.1f}M | {speed} | {row['peak_bytes'] / 1e9:.1f} |")
+        lines.append("")
+    if "baby" in results:
+        part = results["baby"]
+        lines += [f"baby on tinyshakespeare, {part['device']}:", ""]
+        lines += [f"| | seconds to {part['target']} | at step | best validation loss |", "|---|---|---|---|"]
+        lines.append("| nanoGPT | {seconds_to_target} | {step_at_target} | (stopped there) |".format(**part["nanoGPT"]))
+        for attn in ("mha", "mfa", "mfa_kr"):
+            best, timed = part[attn]["best"], part[attn]["timed"]
+            spread = f" ± {part[attn]['std_best']:.4f} ({len(best)} seeds)" if len(best) > 1 else ""
+            figures = f"{timed['seconds_to_target']} | {timed['step_at_target']} | {part[attn]['mean_best']:.4f}{spread}"
+            lines.append(f"| ours, {attn} | {figures} |")
+        lines.append("")
+    if "cpu" in results:
+        part = results["cpu"]
+        lines += [f"tinyshakespeare on {part['device']}, {part['threads']} threads:", ""]
+        lines += [f"| | seconds to {part['target']} | best | whole command, s |", "|---|---|---|---|"]
+        for name in ("nanoGPT", "mfa_kr", "mfa"):
+            row = part[name]
+            ours_or = name if name == "nanoGPT" else f"ours, {name}"
+            lines.append(f"| {ours_or} | {row['seconds_to_target']} | {row['best']:.4f} | {row['whole_seconds']:.0f} |")
+        lines += ["", "| 12 x 64 tokens a step | parameters | tokens/s | nanoGPT = 1 |", "|---|---|---|---|"]
+        for name, row in part["speed"].items():
+            lines.append(f"| {name} | {row['params'] / 1e6:.2f}M | {row['tokens_per_s']:,.0f} | {row['of_nanogpt']:.2f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(args: Bench) -> None:
+    if not (args.nanogpt / "config" / "train_shakespeare_char.py").is_file():
+        raise BadInput(f"--nanogpt {args.nanogpt} is not a checkout of nanoGPT: git clone https://github.com/karpathy/nanoGPT")
+    if args.seeds < 1:
+        raise BadInput(f"--seeds must be at least 1, not {args.seeds}")
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.part == "small":
+            found = small(args)
+        else:
+            folder = prepare("tinyshakespeare", source=args.source and str(args.source), data_dir=args.data_dir)
+            text = Path(temporary) / "input.txt"
+            text.write_bytes(whole_text(folder))
+            found = (baby if args.part == "baby" else cpu)(args, text, Path(temporary))
+    results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
+    device = "cpu" if args.part == "cpu" or not torch.cuda.is_available() else "cuda"
+    results[args.part] = provenance(device) | found
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.results, lambda f: f.write((json.dumps(results, indent=1) + "\n").encode()))
+    print(f"\n{table({args.part: results[args.part]})}\nin {args.results}")
+
+
+def whole_text(folder: Path) -> bytes:
+    """The text that a prepared character-level corpus was made from."""
+    train_ids, val_ids, meta = load(folder)
+    tokenizer = tokenizer_from(meta["tokenizer"])
+    return tokenizer.to_bytes(train_ids.tolist()) + tokenizer.to_bytes(val_ids.tolist())
+
+
+if __name__ == "__main__":
+    run_command(main, Bench)
