@@ -1,0 +1,377 @@
+"""Make the page and the README's table: python docs/build.py (needs pip install -e ".[dev]")
+
+docs/index.html is one file that needs no network: the text of docs/walkthrough.md, its formulas as MathML, the pictures of
+the executed notebooks, docs/page.css, docs/calculator.js, and the figures of docs/results_table.py. In the text {{name}} stands
+for a figure or a block made here, and an image of a notebook is the one whose code cell contains the image's title:
+
+    ![what can be seen](../notebooks/04_mfa.ipynb "A random MQA, written as an MFA")
+    its caption
+"""
+
+import base64
+import html
+import json
+import re
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import results_table as figures
+import torch
+from latex2mathml.converter import convert
+from markdown_it import MarkdownIt
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+
+from mfa import ATTENTION, GPT, PRESETS, preset
+from prepare_data import BadInput, run_command
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.append(str(ROOT / "notebooks"))
+
+from nb import COLOR, NAME  # noqa: E402  one colour and name per attention, as in the notebooks
+
+
+def tex(source: str, block: bool = False) -> str:
+    """LaTeX as MathML."""
+    math = convert(source.strip(), display="block" if block else "inline")
+    return f'<div class="formula">{math}</div>' if block else math
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks of the page
+
+# The factors of W_c and U_c, each with its rows and columns; * marks what all heads share.
+FAMILY = {
+    "fpba": ("W_c H H", "U_c H H"),
+    "mha": ("Q_c H d, K_c^T d H", "V_c H d, O_c^T d H"),
+    "mqa": ("Q_c H d, *K^T d H", "*V H d, O_c^T d H"),
+    "mla": ("*S_q H C, Q_c C d, K_c^T d C, *S_k^T C H", "*S_v H C, V_c C d, O_c^T d H"),
+    "mfa": ("*S_q H C, Q_c C C, *S_k^T C H", "*S_v H C, O_c^T C H"),
+    "mfa_kr": ("*S_q H C, Q_c C C, *S_k^T C H", "*S_k H C, *M C C, O_c^T C H"),
+}
+
+
+def family() -> str:
+    """The two circuits of every attention as boxes, true to scale at the paper's 1B shape."""
+    cfg = preset("paper-1b", "mha")
+    size = {"H": 96, "C": 96 * cfg.latent / cfg.dim, "d": 96 * cfg.head_dim / cfg.dim}  # pixels
+
+    def circuit(name: str, factors: str) -> str:
+        boxes = [f'<div class="factor"><span>{tex(name + " =")}</span></div>'] if ", " in factors else []
+        for factor in factors.split(", "):
+            label, rows, columns = factor.lstrip("*").split()
+            shared = " shared" * factor.startswith("*")
+            box = f'<i style="width:{size[columns]:g}px;height:{size[rows]:g}px"></i>'
+            boxes.append(f'<div class="factor{shared}">{box}<span>{tex(label)}</span></div>')
+        return f'<div class="circuit">{"".join(boxes)}</div>'
+
+    members = []
+    for attn, (W, U) in FAMILY.items():
+        counts = ATTENTION[attn].counts(preset("paper-1b", attn))
+        says = (
+            f"{counts.heads:,} heads of rank {counts.rank:,}, {counts.kv_cache:,} numbers kept, {short(counts.params)} weights"
+        )
+        members.append(
+            f'<div class="member" style="--color:var(--{attn})">'
+            f"<header><strong>{NAME[attn]}</strong><span>{says}</span></header>"
+            f'<div class="circuits">{circuit("W_c", W)}{circuit("U_c", U)}</div></div>'
+        )
+    return f'<div class="family">{"".join(members)}</div>'
+
+
+def calculator() -> str:
+    """The places that calculator.js fills."""
+    serving = "attention|kept, per token and layer|bytes per token|cache|read once|tokens/s at most|sequences that fit"
+    capacity = "attention|parameters of a layer|heads|rank of a head|shared dimension|total rank"
+    precisions = {4: "32 bits (float32)", 2: "16 bits (bfloat16)", 1: "8 bits"}
+    options = "".join(f'<option value="{size}">{name}</option>' for size, name in precisions.items())
+    return (
+        '<div id="calculator"><noscript>The calculator needs JavaScript.</noscript>'
+        '<span class="choice"><label for="calc-preset">preset </label><select id="calc-preset"></select></span>'
+        f'<span class="choice"><label for="calc-bytes">precision </label><select id="calc-bytes">{options}</select></span>'
+        '<ul class="bars" id="calc-bars"></ul><div id="calc-fields"></div>'
+        f"{html_table(serving.split('|'), [], 'calc-serving')}{html_table(capacity.split('|'), [], 'calc-capacity')}</div>"
+    )
+
+
+def missing(file: str, script: str) -> str:
+    return f'<p class="missing">Not measured yet: there is no <code>{file}</code> (<code>{script}</code> makes it).</p>'
+
+
+def html_table(head: list[str], rows: list[list[str]], name: str = "") -> str:
+    """A table whose first column is text and whose others are numbers; name: the id of its body."""
+
+    def line(tag: str, texts: list[str]) -> str:
+        first, *numbers = (f"{text}</{tag}>" for text in texts)
+        cell = '<td class="number">' if tag == "td" else "<th>"
+        return f"<tr><{tag}>{first}{''.join(cell + number for number in numbers)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    place = f' id="{name}"' if name else ""
+    return f'<div class="scroll"><table><thead>{line("th", head)}</thead><tbody{place}>{body}</tbody></table></div>'
+
+
+def perplexity(folder: Path) -> str:
+    """Figure 1 at our size: a strip per model, a dot per seed, large caches first."""
+    found = figures.arms("figure1", folder)
+    every = [ppl for arm in found for ppl in arm.ppl]
+    if not every:
+        return missing("experiments/results/study.jsonl", "python experiments/run.py --study figure1")
+    low, high = min(every), max(every)
+    lines = []
+    for arm in found:
+        color = f"var(--{arm.rows[0]['attn']})"
+        places = [4 + 92 * (ppl - low) / max(high - low, 1e-9) for ppl in arm.ppl]  # % of the strip
+        dots = "".join(f'<b style="left:{place:.1f}%;background:{color}"></b>' for place in places)
+        name = f"{html.escape(arm.name)} ({100 * arm.share:.3g}%)"
+        lines.append(
+            f'<li><span class="name">{name}</span><span class="track">{dots}</span><span class="value">{arm}</span></li>'
+        )
+    row = found[0].rows[0]
+    note = (
+        f"Validation perplexity, lower is better: {low:.2f} at the left, {high:.2f} at the right. In brackets, the cache's "
+        f"share of MHA's. A dot is one seed; the number is their mean and standard deviation. {figures.setting(row)}, "
+        f"{html.escape(row['device'])}."
+    )
+    return f'<ul class="bars wide">{"".join(lines)}</ul><p class="note">{note}</p>'
+
+
+ORDER = [row.attn for row in figures.ROWS]
+
+
+def mode_name(attn: str, mode: str) -> str:
+    return f"{NAME[attn]}, {mode}" if mode else NAME[attn]
+
+
+def bars(rows: list[tuple[str, str, float, str]]) -> str:
+    """Bars of (name, attention, value, text), as wide as their values."""
+    most = max(value for _, _, value, _ in rows)
+    lines = [
+        f'<li><span class="name">{name}</span><span class="track"><i style="width:{100 * value / most:.1f}%;'
+        f'background:var(--{attn})"></i></span><span class="value">{text}</span></li>'
+        for name, attn, value, text in rows
+    ]
+    return f'<ul class="bars">{"".join(lines)}</ul>'
+
+
+def speed(folder: Path) -> str:
+    """Decoding at the paper's 1B shape: bars of tokens/s, and what lies behind them."""
+    decode = figures.read_decode(folder)
+    found = [(attn, mode, row) for attn in ORDER for mode, row in figures.speeds(decode, attn).items()]
+    if not found:
+        return missing("experiments/results/decode.json", "python experiments/bench_decode.py")
+    head = ["attention", "ms a step", "floor, ms", "share of the floor", "cache measured, GB", "cache counted, GB"]
+    rows = [
+        [mode_name(attn, mode), f"{row['ms']:.2f}", f"{row['floor_ms']:.2f}", f"{100 * row['floor_share']:.0f}%",
+         f"{row['cache_bytes'] / 1e9:.3f}", f"{row['counts_bytes'] / 1e9:.3f}"]
+        for attn, mode, row in found
+    ]  # fmt: skip
+    note = (
+        f"{figures.BATCH} sequences of {figures.CONTEXT:,} tokens, random weights, one {html.escape(decode['device'])}, "
+        f"whose measured copy bandwidth is {decode['bandwidth'] / 1e12:.2f} TB/s."
+    )
+    rate = {attn: row["tokens_per_s"] for attn, _, row in found}
+    if {"mha", "mfa"} <= rate.keys():
+        note += f" MFA makes {rate['mfa'] / rate['mha']:.1f} times MHA's tokens per second here."
+    drawn = [
+        (mode_name(attn, mode), attn, row["tokens_per_s"], f"{row['tokens_per_s']:,.0f} tokens/s") for attn, mode, row in found
+    ]
+    return f'{bars(drawn)}<p class="note">{note}</p>{html_table(head, rows)}'
+
+
+def largest_batch(folder: Path) -> str:
+    """The most sequences that fit, as bars."""
+    rows = figures.read_decode(folder)["largest_batch"]
+    rows = [row for row in rows if row["context"] == figures.CONTEXT and "batch" in row]  # else it has an error
+    if not rows:
+        return missing("experiments/results/decode.json", "python experiments/bench_decode.py")
+    found = [(mode_name(row["attn"], row["mode"]), row["attn"], row["batch"], f"{row['batch']:,} sequences") for row in rows]
+    return bars(found) + f'<p class="note">The most sequences of {figures.CONTEXT:,} tokens before memory ran out.</p>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures in the text
+
+
+def short(n: float) -> str:
+    """16777216 -> "16.8M"."""
+    for unit, size in {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3}.items():
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"
+
+
+def values(folder: Path) -> dict[str, str]:
+    """What {{name}} stands for."""
+    cfg = {attn: preset("paper-1b", attn) for attn in ATTENTION}
+    kept = {attn: ATTENTION[attn].counts(cfg[attn]).kv_cache for attn in ATTENTION}
+    token = {attn: figures.cache_bytes(cfg[attn]) for attn in ATTENTION}
+    context, batch = figures.CONTEXT, figures.BATCH
+    mla = preset("paper-1b", "mla", **figures.FIGURE1_MLA)
+    wider = [ATTENTION["mfa"].counts(preset("paper-1b", "mfa", n_head=m)).params for m in (14, 15)]
+    mha_heads = [ATTENTION["mha"].counts(preset("paper-1b", "mha", n_head=n)).params for n in (16, 17)]
+    mqa_heads = [ATTENTION["mqa"].counts(preset("paper-1b", "mqa", n_head=n, head_dim=256)).params for n in (14, 15)]
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in GPT(cfg["mha"]).parameters())
+    return {
+        "context": f"{context:,}",
+        "batch": f"{batch}",
+        "mha_kept": f"{kept['mha']:,}",
+        "mqa_kept": f"{kept['mqa']:,}",
+        "mfa_kept": f"{kept['mfa']:,}",
+        "fpba_kept": f"{kept['fpba']:,}",
+        "mha_token": f"{token['mha']:,}",
+        "kr_token": f"{token['mfa_kr']:,}",
+        "joint_token": f"{figures.cache_bytes(mla):,}",
+        "kr_saves": f"{100 * (1 - token['mfa_kr'] / figures.cache_bytes(mla)):.1f}%",
+        "mha_sequence": f"{token['mha'] * context / 1e9:.2f} GB",
+        "kr_sequence": f"{token['mfa_kr'] * context / 1e9:.2f} GB",
+        "mha_all": f"{token['mha'] * context * batch / 1e9:.0f} GB",
+        "weights": f"{2 * weights / 1e9:.2f} GB",
+        "fpba_params": short(ATTENTION["fpba"].counts(cfg["fpba"]).params),
+        "mha_params": short(ATTENTION["mha"].counts(cfg["mha"]).params),
+        "mha_head": short(mha_heads[1] - mha_heads[0]),
+        "mqa_head": short(mqa_heads[1] - mqa_heads[0]),
+        "mfa_head": short(wider[1] - wider[0]),
+        "mfa_rank": f"{ATTENTION['mfa'].counts(cfg['mfa']).total_rank:,}",
+        "mha_rank": f"{ATTENTION['mha'].counts(cfg['mha']).total_rank:,}",
+        "family": family(),
+        "calculator": calculator(),
+        "perplexity": perplexity(folder),
+        "speed": speed(folder),
+        "largest_batch": largest_batch(folder),
+    }
+
+
+def picture(path: Path, marker: str) -> str:
+    """The PNG, in base64, of the one code cell of a notebook that contains a text and shows a picture."""
+    if not path.exists():
+        raise BadInput(f"walkthrough.md: {path.name} should be in notebooks/, and is not")
+    found = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        shown = [output["data"]["image/png"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        if marker in "".join(cell["source"]):
+            found += shown
+    if len(found) != 1:
+        raise BadInput(f'walkthrough.md: "{marker}" should be in one cell of {path.name} with one picture, not {len(found)}')
+    return "".join(found[0]).replace("\n", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def render(markdown: str) -> tuple[str, str]:
+    """Markdown as HTML, and the links to its sections."""
+    md = MarkdownIt("commonmark", {"html": True}).enable("table")
+    md.use(dollarmath_plugin, double_inline=False, renderer=lambda source, options: tex(source, options["display_mode"]))
+    for rule in ("math_inline", "math_block"):
+        md.add_render_rule(rule, lambda self, tokens, i, options, env: tex(tokens[i].content, tokens[i].type == "math_block"))
+    tokens, links = md.parse(markdown), []
+    for i, token in enumerate(tokens):
+        if token.type == "heading_open" and token.tag == "h2":
+            name = tokens[i + 1].content
+            token.attrSet("id", re.sub(r"\W+", "-", name.lower()).strip("-"))
+            links.append(f'<a href="#{token.attrGet("id")}">{name}</a>')
+        for child in token.children or []:
+            source = child.attrGet("src") or ""
+            if child.type == "image" and source.endswith(".ipynb"):
+                png = picture((HERE / source).resolve(), child.attrs.pop("title"))
+                width, height = struct.unpack(">II", base64.b64decode(png)[16:24])  # of a PNG, in its first 24 bytes
+                # On a phone a picture scrolls rather than shrink until its letters cannot be read.
+                size = {"width": width, "height": height, "style": f"min-width:{0.64 * width:.0f}px"}
+                child.attrs |= {"src": f"data:image/png;base64,{png}"} | size
+    body = md.renderer.render(tokens, md.options, {})
+    body = re.sub(
+        r"<p>(<img [^>]*>)\s*(.*?)</p>",
+        r'<figure><div class="scroll">\1</div><figcaption>\2</figcaption></figure>',
+        body,
+        flags=re.DOTALL,
+    )
+    return body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>"), "".join(links)
+
+
+def words(markdown: str) -> int:
+    """Words of prose: formulas count as one, what is made elsewhere and addresses as none."""
+    text = re.sub(r"\$\$.*?\$\$|\$[^$]+\$", " x ", markdown, flags=re.DOTALL)
+    text = re.sub(r"\{\{\w+\}\}", " x ", re.sub(r"\]\([^)]*\)", "]", text))
+    return len(re.findall(r"[\w’'-]*\w", text))
+
+
+def page(folder: Path = figures.RESULTS) -> str:
+    """docs/index.html."""
+    markdown = (HERE / "walkthrough.md").read_text(encoding="utf-8")
+    body, links = render(markdown)
+    known = values(folder) | {"minutes": f"{round(words(markdown) / 220)}", "contents": f"<nav>{links}</nav>"}
+    asked = set(re.findall(r"\{\{(\w+)\}\}", body))
+    if asked != known.keys():
+        raise BadInput(
+            f"walkthrough.md: {{{{name}}}} without a value, or a value without a place: {sorted(asked ^ known.keys())}"
+        )
+    for name, value in known.items():
+        body = body.replace(f"<p>{{{{{name}}}}}</p>", value).replace(f"{{{{{name}}}}}", value)
+    colors = "".join(f"--{attn}: {color};" for attn, color in COLOR.items() if attn != "fpba")
+    style = f":root {{ {colors} --fpba: var(--ink); }}\n" + (HERE / "page.css").read_text(encoding="utf-8")
+    script = (HERE / "calculator.js").read_text(encoding="utf-8").replace("/*presets*/{}", json.dumps(presets()))
+    return f"""<!doctype html>
+<html lang="en">
+<!-- Made by docs/build.py from docs/walkthrough.md: edit that. -->
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="description" content="Multi-matrix Factorization Attention, derived, counted, measured; a KV-cache calculator.">
+<link rel="icon" href="data:,">
+<title>{re.search("^# (.*)", markdown)[1]}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+<button id="theme" type="button">light / dark</button>
+{body}</main>
+<script>
+{script}</script>
+</body>
+</html>
+"""
+
+
+def presets() -> dict[str, dict]:
+    """mfa.py's presets under the calculator's names."""
+    found = {}
+    for name in PRESETS:
+        cfg = preset(name, "mha")
+        same = {field: getattr(cfg, field) for field in ("n_layer", "dim", "head_dim", "n_kv_head", "mfa_n_head", "rope_dim")}
+        found[name] = same | dict(n_head=cfg.heads, latent_dim=cfg.latent, joint_dim=2 * cfg.latent, context=cfg.block_size)
+    return found
+
+
+def built() -> dict[Path, str]:
+    """Every file that is made here, as it should be."""
+    readme = ROOT / "README.md"
+    return {HERE / "index.html": page(), readme: figures.with_table(readme.read_text(encoding="utf-8"))}
+
+
+@dataclass
+class Args:
+    """Make docs/index.html and the table in README.md."""
+
+    check: bool = False
+    """Write nothing; fail where a file is not what would be written."""
+
+
+def main(args: Args) -> None:
+    for path, text in built().items():
+        name = path.relative_to(ROOT).as_posix()
+        same = path.exists() and path.read_text(encoding="utf-8") == text
+        if args.check and not same:
+            raise BadInput(f"{name} is not up to date: run python docs/build.py")
+        if not args.check:
+            path.write_text(text, encoding="utf-8", newline="\n")
+            print(f"{name}: {len(text.encode()) / 1e3:,.0f} kB{'' if same else ', changed'}")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

@@ -1,0 +1,441 @@
+"""docs/: the page is in step with its source, complete, and right in a browser; the README's table is the script's; links."""
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mfa import ATTENTION, PRESETS, Config, preset
+from prepare_data import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+INDEX = DOCS / "index.html"
+sys.path.insert(0, str(DOCS))
+
+import results_table as figures  # noqa: E402
+import studies  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def build():
+    for name in ("latex2mathml", "markdown_it", "mdit_py_plugins"):
+        pytest.importorskip(name)
+    spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")  # notebooks/ has a build.py of its own
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page as a file
+
+
+def test_the_page_and_the_readme_are_what_the_script_makes(build):
+    for path, text in build.built().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python docs/build.py"
+
+
+def test_it_is_fifteen_minutes_of_reading(build):
+    assert 2500 <= build.words((DOCS / "walkthrough.md").read_text(encoding="utf-8")) <= 3500
+
+
+class Page(HTMLParser):
+    """What a page loads, links to and names, and its text outside of scripts and styles."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.loads, self.links, self.ids, self.text, self.inside = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.inside.append(tag)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs["href"]] if tag == "a" else []
+        self.loads += [attrs[name] for name in ("src", "srcset", "data", "poster") if name in attrs]
+        self.loads += [attrs["href"]] if tag == "link" else []
+
+    def handle_endtag(self, tag):
+        while self.inside and self.inside.pop() != tag:  # tags that need no end
+            pass
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.inside):
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return Page(INDEX.read_text(encoding="utf-8"))
+
+
+def test_it_needs_no_network_and_no_second_file(page):
+    text = INDEX.read_text(encoding="utf-8")
+    assert all(address.startswith("data:") for address in page.loads), page.loads
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|importScripts|\bimport ", text)
+    assert len([a for a in page.loads if a.startswith("data:image/png")]) >= 6, "the notebooks' pictures"
+
+
+def test_every_formula_became_mathml(page):
+    source = (DOCS / "walkthrough.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"\$\$.*?\$\$", source, flags=re.DOTALL)
+    inline = re.findall(r"\$[^$\n]+\$", re.sub(r"\$\$.*?\$\$|`[^`]*`|\"[^\"\n]*\"\)|!\[[^\]]*\]", "", source, flags=re.DOTALL))
+    made = INDEX.read_text(encoding="utf-8")
+    assert made.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"') == len(blocks) > 5
+    body = (
+        made.split('class="family"')[0] + made.split("Cut: multi-head attention</h2>")[1]
+    )  # the family's labels are formulas too
+    assert body.count('display="inline"') == len(inline) > 40
+    text = "".join(page.text)
+    assert "$" not in text and "\\" not in text and "{{" not in text
+
+
+@pytest.mark.parametrize("word", ["/work/", "/tmp/", "/home/", "/root/", "site-packages"])
+def test_no_path_of_the_machine_it_was_built_on(word):
+    assert word not in INDEX.read_text(encoding="utf-8")
+
+
+def broken_links(path: Path, links: list[str], ids: list[str]) -> list[str]:
+    """Relative links that lead nowhere, and anchors into the page itself that are not there."""
+    bad = []
+    for link in links:
+        target, _, anchor = unescape(link).partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        if (target and not (path.parent / target).exists()) or (not target and anchor and anchor not in ids):
+            bad.append(link)
+    return bad
+
+
+def markdown_links(text: str) -> tuple[list[str], list[str]]:
+    text = re.sub(r"(?s:```.*?```)|`[^`\n]*`|^    .*$", "", text, flags=re.MULTILINE)
+    links = re.findall(r"\]\(\s*<?([^)\s>]+)", text) + re.findall(r"^\[[^\]]+\]:\s*(\S+)", text, flags=re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return links, [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/walkthrough.md", "notebooks/README.md", "experiments/README.md", "data/README.md"]
+)
+def test_every_relative_link_resolves(name):
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"there is no {name}")
+    links, ids = markdown_links(path.read_text(encoding="utf-8"))
+    assert broken_links(path, links, ids) == []
+
+
+def test_every_relative_link_of_the_page_resolves(page):
+    assert len(set(page.ids)) == len(page.ids)
+    assert broken_links(INDEX, page.links, page.ids) == []
+    assert len(page.links) > 20
+
+
+def test_a_broken_link_is_found():
+    links, ids = markdown_links(
+        "# A title\n\n    some code\n\n[a](mfa.py) [b](no.py) [c](#a-title) [d](#b) `[e](no.py)` [f](https://x.org/no)\n\n    [g](no)\n"
+    )
+    assert broken_links(ROOT / "README.md", links, ids) == ["no.py", "#b"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's table, and what the results files bring
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+
+
+def run(arm, seed, ppl, share, times=1):
+    """A line of study.jsonl; ppl None: diverged."""
+    made = studies.run_for("figure1", arm, times, seed)
+    return dict(**studies.row_of(made), study="figure1", arm=arm, attn=made.cfg.attn, dataset="pg-books-bpe8192", cache_share=share, ppl=ppl,
+                val_loss=ppl and math.log(ppl), params=29.9e6, tokens=65.5e6, device="a GPU", diverged=ppl is None)  # fmt: skip
+
+
+def speed(attn, tokens_per_s, mode="", **other):
+    size = 32 * 16384 * figures.cache_bytes(preset("paper-1b", attn))
+    row = dict(model="paper-1b", attn=attn, mode=mode, engine="ours", batch=32, context=16384, ms=32e3 / tokens_per_s,
+               tokens_per_s=tokens_per_s, cache_bytes=size, counts_bytes=size, floor_ms=0.9, floor_share=0.9)  # fmt: skip
+    return row | other
+
+
+@pytest.fixture
+def results(tmp_path):
+    runs = [
+        run("mfa", 0, 41.0, 0.125),
+        run("mfa", 1, 43.0, 0.125),
+        run("mfa", 0, 44.0, 0.125, times=2),
+        run("mfa_2d", 0, 39.0, 0.25),
+    ]
+    runs += [run("mha", 0, 50.0, 1.0), run("mla_separate", 0, 45.0, 0.15)]
+    runs += [run("mfa_kr", 0, 60.0, 0.0625), run("mfa_kr", 1, None, 0.0625)]
+    (tmp_path / "study.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs), encoding="utf-8")
+    rows = [speed("mha", 1000.0), speed("mfa", 6500.0), speed("mfa", 9e9, batch=1), speed("mfa", 9e9, engine="transformers")]
+    rows += [
+        speed("mfa", 6400.0, kernel="slower"),
+        speed("mla", 9e9, "joint", counts_bytes=1),
+    ]  # of another size than the table's
+    rows += [{k: v for k, v in speed("mqa", 1.0).items() if k != "ms"} | dict(error="out of memory")]
+    rows += [speed("mfa_kr", 7000.0, "pre"), speed("mfa_kr", 8000.0, "post")]
+    largest = [
+        dict(attn="mqa", mode="", context=16384, error="e"),
+        dict(attn="mha", mode="", context=16384, batch=40),
+        dict(attn="mfa", mode="", context=16384, batch=320),
+    ]
+    decode = dict(device="a GPU", bandwidth=4.0e12, rows=rows, largest_batch=largest)
+    (tmp_path / "decode.json").write_text(json.dumps(decode), encoding="utf-8")
+    return tmp_path
+
+
+def line(table: str, label: str) -> list[str]:
+    return next([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row.startswith(f"| {label} |"))
+
+
+def test_the_table_counts(tmp_path):
+    table = figures.table(tmp_path)  # an empty folder: nothing was measured
+    assert line(table, "MHA")[4:] == ["163,840 (100%)", "336M", "not measured", "not measured"]
+    assert line(table, "**MFA-KR**")[4:] == ["10,240 (6.25%)", "187M", "not measured", "not measured"]
+    assert line(table, "MLA, one latent")[4] == "23,040 (14.06%)"  # Figure 1's, in design and paper
+    assert "Perplexity" not in table and "Tokens/s" not in table
+
+
+def test_the_table_takes_what_was_measured(results):
+    table = figures.table(results)
+    assert line(table, "**MFA**")[6:] == ["42.00 ± 1.41 (at 12.5%)", "6,500"]  # the better rate, the nearer cache
+    assert line(table, "MHA")[6:] == ["50.00 (at 100%)", "1,000"]
+    assert line(table, "**MFA-KR**")[6:] == ["60.00, 1 of 2 diverged (at 6.25%)", "pre 7,000, post 8,000"]
+    assert line(table, "MLA, one latent")[6:] == ["not measured", "not measured"]  # the study's had two latents
+    assert line(table, "MQA")[6:] == ["not measured", "not measured"]
+    assert (
+        "pg-books-bpe8192, 29.9M parameters, 65.5M tokens a run" in table and "batch 32, context 16,384, on one a GPU" in table
+    )
+
+
+def test_the_page_takes_what_was_measured(build, results):
+    learned, fast, batch = build.perplexity(results), build.speed(results), build.largest_batch(results)
+    assert learned.count("<b ") == 6 and "MFA, C = 2d, 8 heads (25%)" in learned  # a dot per seed that did not diverge
+    assert learned.index(">MHA (") < learned.index(">MFA, C = 2d") < learned.index(">MFA-KR, C = dim/8")
+    assert "6,500 tokens/s" in fast and "MFA makes 6.5 times MHA" in fast and "copy bandwidth is 4.00 TB/s" in fast
+    assert "320 sequences" in batch and "width:12.5%" in batch
+
+
+def test_the_page_says_what_was_not_measured(build, tmp_path):
+    for block in (build.perplexity, build.speed, build.largest_batch):
+        assert "Not measured yet" in block(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["study.jsonl", "decode.json"])
+def test_a_broken_results_file_is_named(tmp_path, name):
+    (tmp_path / name).write_text("no json\n", encoding="utf-8")
+    with pytest.raises(BadInput, match=name):
+        figures.table(tmp_path)
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(BadInput, match="<!-- results -->"):
+        figures.with_table("# A title\n")
+
+
+def test_a_picture_must_be_found_exactly_once(build):
+    notebook = ROOT / "notebooks" / "04_mfa.ipynb"
+    with pytest.raises(BadInput, match="not 0"):
+        build.picture(notebook, "no cell says this")
+    with pytest.raises(BadInput, match="04_nothing.ipynb"):
+        build.picture(notebook.with_name("04_nothing.ipynb"), "plt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The calculator
+
+FIELDS = ["kv_cache", "params", "heads", "rank", "shared_dim", "total_rank"]
+ODD = [  # beside the five presets: n_layer, dim, n_head, head_dim, n_kv_head, latent_dim, mfa_n_head, rope_dim, joint_dim
+    (1, 64, 1, 8, 1, 8, 1, 2, 8),
+    (3, 96, 6, 48, 2, 120, 5, 6, 200),  # wider heads than dim / n_head, latents wider than dim
+    (32, 4096, 32, 128, 8, 512, 40, 64, 1024),
+    (7, 640, 10, 24, 5, 10, 33, 0, 18),
+    (61, 7168, 64, 256, 16, 256, 64, 64, 512),
+]
+
+
+def calculators() -> list[dict]:
+    names = "n_layer dim n_head head_dim n_kv_head latent_dim mfa_n_head rope_dim joint_dim".split()
+    found = [dict(zip(names, numbers, strict=True)) for numbers in ODD]
+    for name in PRESETS:
+        c = preset(name, "mha")
+        given = {field: getattr(c, field) for field in names if hasattr(c, field)}
+        found.append(given | dict(n_head=c.heads, latent_dim=c.latent, joint_dim=2 * c.latent))
+    return found
+
+
+def counted(c: dict) -> dict[str, list[int]]:
+    """What counts() says, under the calculator's names."""
+    base = dict(
+        n_layer=c["n_layer"], dim=c["dim"], head_dim=c["head_dim"], n_kv_head=c["n_kv_head"], mfa_n_head=c["mfa_n_head"]
+    )
+    base |= dict(latent_dim=c["latent_dim"], rope_dim=max(c["rope_dim"], 2))
+    found = {}
+    for attn in ATTENTION:
+        cfg = Config(attn=attn, n_head=c["n_head"] if attn in ("mha", "gqa", "mqa", "mla") else 0, **base)
+        if attn == "mla":
+            cfg = cfg if c["rope_dim"] else replace(cfg, pos="none")  # d_r = 0 is no rotary key
+            joint = replace(cfg, joint_kv=True, compress_query=False, latent_dim=c["joint_dim"])
+            found["mla_joint"] = [getattr(ATTENTION["mla"].counts(joint), field) for field in FIELDS]
+        found[attn] = [getattr(ATTENTION[attn].counts(cfg), field) for field in FIELDS]
+    return found
+
+
+def test_the_formula_in_javascript_is_counts():
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("no node")
+    script = (
+        (DOCS / "calculator.js").read_text(encoding="utf-8")
+        + f"""
+    const attentions = {json.dumps(list(counted(calculators()[0])))}, fields = {json.dumps(FIELDS)};
+    const all = {json.dumps(calculators())}.map((c) => Object.fromEntries(attentions.map((a) => [a, fields.map((f) => counts(a, c)[f])])));
+    console.log(JSON.stringify(all));"""
+    )
+    done = subprocess.run([node, "-e", script], capture_output=True, text=True, encoding="utf-8", check=True)
+    assert json.loads(done.stdout) == [counted(c) for c in calculators()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium or Chrome on the path")
+
+PROBE = """
+<pre id="probe"></pre><script>
+const found = {};
+found.math = [...document.querySelectorAll("math")].map((m) => { const r = m.getBoundingClientRect(); return [r.width, r.height]; });
+const fraction = document.querySelector("mfrac").children;
+found.fraction = [...fraction].map((part) => part.getBoundingClientRect().top);
+found.colors = ["light", "dark"].map((theme) => {
+  document.documentElement.dataset.theme = theme;
+  const style = getComputedStyle(document.body);
+  return [style.backgroundColor, style.color];
+});
+found.configs = CONFIGS.map((c) => {  // through the inputs, as a reader would
+  for (const [name, value] of Object.entries(c)) {
+    const input = document.getElementById("calc-" + name);
+    input.value = value;
+    input.dispatchEvent(new Event("input"));
+  }
+  const rows = {};
+  for (const cell of document.querySelectorAll("#calculator td[data-field]")) {
+    (rows[cell.closest("tr").dataset.attn] ||= {})[cell.dataset.field] = +cell.dataset.value;
+  }
+  const bars = [...document.querySelectorAll("#calc-bars .track i")].map((bar) => parseFloat(bar.style.width));
+  return {rows, bars, hash: location.hash};
+});
+document.getElementById("probe").textContent = JSON.stringify(found);
+</script>"""
+
+PHONE = """<!doctype html><iframe width="390" height="800" style="border:0" src="index.html"></iframe><pre id="probe"></pre><script>
+document.querySelector("iframe").onload = (event) => {
+  const doc = event.target.contentDocument;
+  document.getElementById("probe").textContent = JSON.stringify([doc.documentElement.clientWidth, doc.documentElement.scrollWidth]);
+};</script>"""
+
+
+def browse(path: Path, query: str = "") -> tuple[str, list[str]]:
+    """A page in headless Chromium: its DOM after the scripts, and the console's messages."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-extensions --no-first-run --allow-file-access-from-files"
+    flags += " --hide-scrollbars --enable-logging=stderr --virtual-time-budget=2000 --window-size=1000,900 --dump-dom"
+    done = subprocess.run([CHROMIUM, *flags.split(), path.as_uri() + query], capture_output=True, timeout=120)
+    assert done.returncode == 0
+    console = [line for line in done.stderr.decode(errors="replace").splitlines() if ":CONSOLE" in line]
+    return done.stdout.decode("utf-8"), console
+
+
+def probed(dom: str):
+    return json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', dom, flags=re.DOTALL)[1]))
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """The page with the probe at its end."""
+    folder = tmp_path_factory.mktemp("page")
+    probe = PROBE.replace("CONFIGS", json.dumps(calculators()))
+    (folder / "index.html").write_text(
+        INDEX.read_text(encoding="utf-8").replace("</body>", probe + "</body>"), encoding="utf-8"
+    )
+    dom, console = browse(folder / "index.html")
+    return probed(dom), console
+
+
+@browser
+def test_no_message_on_the_console(seen, tmp_path):
+    assert seen[1] == []
+    (tmp_path / "bad.html").write_text("<!doctype html><script>undefinedName()</script>", encoding="utf-8")
+    assert "undefinedName is not defined" in browse(tmp_path / "bad.html")[1][0]  # what the line above would have found
+
+
+@browser
+def test_the_formulas_are_laid_out(seen):
+    sizes = seen[0]["math"]
+    assert len(sizes) == INDEX.read_text(encoding="utf-8").count("<math ")
+    assert all(width > 4 and height > 4 for width, height in sizes)
+    above, below = seen[0]["fraction"]
+    assert below > above + 8  # a fraction has a numerator above a denominator
+
+
+@browser
+def test_the_calculator_shows_what_counts_says(seen):
+    assert len(calculators()) == 10
+    for c, got in zip(calculators(), seen[0]["configs"], strict=True):
+        shown = {attn: [row[field] for field in FIELDS] for attn, row in got["rows"].items()}
+        assert shown == counted(c)
+        tokens, widest = 16384 * 32, max(row["total"] for attn, row in got["rows"].items() if attn != "fpba")
+        for row, bar in zip(got["rows"].values(), got["bars"], strict=True):
+            assert row["total"] == row["kv_cache"] * c["n_layer"] * 2 * tokens
+            assert bar == pytest.approx(min(100, 100 * row["total"] / widest), abs=0.01)
+            assert row["seconds"] == pytest.approx(row["total"] / 4.8e12)
+            assert row["fit"] == 128 * 10**9 // (row["total"] // 32)
+        assert f"&dim={c['dim']}&" in got["hash"]
+
+
+@browser
+def test_an_address_holds_a_configuration():
+    dom, console = browse(INDEX, "?theme=dark#n_layer=3&latent_dim=40&bytes=4&context=100&batch=2&unknown=5&dim=nothing")
+    assert console == [] and 'data-theme="dark"' in dom
+    row = re.search(r'<tr data-attn="mfa">(.*?)</tr>', dom)[1]
+    assert re.search(r'data-field="kv_cache" data-value="80"', row) and re.search(
+        r'data-field="total" data-value="192000"', row
+    )
+
+
+@browser
+def test_impossible_numbers_are_refused_in_words():
+    dom, _ = browse(INDEX, "#n_head=10&n_kv_head=4&latent_dim=7")
+    gqa, mfa = (re.search(rf'<tr data-attn="{attn}">(.*?)</tr>', dom)[1] for attn in ("gqa", "mfa"))
+    assert "10 heads do not split into 4 groups" in gqa and "must be even" in mfa and "data-value" not in gqa + mfa
+
+
+@browser
+def test_light_and_dark_differ_and_can_be_read(seen):
+    def brightness(color: str) -> float:
+        return sum(float(x) for x in re.findall(r"[\d.]+", color)[:3])
+
+    (light, ink), (dark, chalk) = seen[0]["colors"]
+    assert brightness(light) - brightness(ink) > 450 and brightness(chalk) - brightness(dark) > 450
+
+
+@browser
+def test_a_phone_shows_it_without_scrolling_sideways(tmp_path):
+    shutil.copy(INDEX, tmp_path / "index.html")
+    (tmp_path / "phone.html").write_text(PHONE, encoding="utf-8")
+    assert probed(browse(tmp_path / "phone.html")[0]) == [390, 390]
