@@ -201,7 +201,6 @@ def timed_lines(command: list[str], cwd: Path):
         **os.environ,
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
-        **(env or {}),
     }
     process = subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
