@@ -716,10 +716,10 @@ def write_file(path: Path, blocks: Iterable[bytes]) -> None:
 
 def install(temporary: Path, folder: Path, backup: Path) -> None:
     """Put a finished folder in folder's place. No folder can replace another in one step: the old one waits as backup."""
-    if folder.exists():
-        shutil.rmtree(backup, ignore_errors=True)
-        folder.rename(backup)
     try:
+        if folder.exists():
+            shutil.rmtree(backup, ignore_errors=True)
+            folder.rename(backup)
         temporary.rename(folder)
     except BaseException:
         if backup.exists() and not folder.exists():

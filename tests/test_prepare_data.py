@@ -612,80 +612,7 @@ def test_a_file_with_a_wrong_sum_is_removed(server, capsys, tmp_path, body):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad input: exit code 2, one line, no traceback, nothing written
-
-FILES = {
-    "empty.txt": b"",
-    "bom.txt": codecs.BOM_UTF8,
-    "one.txt": b"a",
-    "same.txt": b"a" * 5000,
-    "binary.bin": b"text at first\0and then not",
-    "utf16.txt": "text".encode("utf-16"),
-    "latin.txt": "x" * 2_000_000 + "caf\u00e9",
-    "cut.txt": "日本".encode()[:-1],
-    "short.txt": b"abcabc",
-    "bad.xz": b"no archive",
-    "bad.gz": b"no archive",
-    "bad.zip": b"no archive",
-    "nothing/empty.txt": b"",
-    "pictures/a.png": b"\x89PNG\0",
-    "mixed/a.txt": b"good text",
-    "mixed/b.txt": b"bad \xff text",
-    "wiki/train.txt": b"not it",
-    "data-file": b"a file, no folder",
-}
-BAD = [
-    ("--dataset nonsense", "--dataset nonsense", "wikitext-2"),
-    ("--file missing.txt", "missing.txt", "no such file"),
-    ("--file empty.txt", "empty.txt", "is empty"),
-    ("--file empty.txt --tokenizer bpe", "empty.txt", "is empty"),
-    ("--file bom.txt", "bom.txt", "is empty"),
-    ("--file one.txt", "one.txt", "one character 'a'"),
-    ("--file same.txt --tokenizer byte", "same.txt", "one character 'a'"),
-    ("--file binary.bin", "binary.bin", "NUL byte at offset 13"),
-    ("--file binary.bin --tokenizer byte", "binary.bin", "NUL byte at offset 13"),
-    ("--file utf16.txt", "utf16.txt", "UTF-8"),
-    ("--file latin.txt", "latin.txt", "offset 2,000,003 there is the byte 0xe9"),
-    ("--file latin.txt --tokenizer bpe", "latin.txt", "--tokenizer byte"),
-    ("--file cut.txt", "cut.txt", "offset 3 there is the byte 0xe6"),
-    ("--file bad.xz", "bad.xz", "cannot be unpacked"),
-    ("--file bad.gz", "bad.gz", "cannot be unpacked"),
-    ("--file bad.zip", "bad.zip", "cannot be unpacked"),
-    ("--file nothing", "nothing", "no text file"),
-    ("--file pictures", "pictures", "no text file"),
-    ("--file mixed", "b.txt", "offset 4"),
-    ("--file short.txt --dataset text8", "--file", "--dataset text8"),
-    ("--file short.txt --source short.txt", "--source", "--file"),
-    ("--file short.txt --tokenizer bpe", "--vocab_size 8192", "or less"),
-    ("--tokenizer bpe --vocab_size 256", "--vocab_size 256", "257"),
-    ("--tokenizer bpe --vocab_size -1", "--vocab_size -1", "257"),
-    ("--tokenizer bpe --vocab_size 10000000", "--vocab_size 10000000", "1000000"),
-    ("--vocab_size 512", "--vocab_size 512", "bpe"),
-    ("--dataset python --source wiki", "--source", "python"),
-    ("--dataset pg-books", "pg-books", "--source"),
-    ("--dataset pg-books --source missing", "--source missing", "no such file or folder"),
-    ("--dataset pg-books --source short.txt", "--source short.txt", "folder"),
-    ("--dataset pg-books --source wiki", "train-0.txt", "pg-books needs"),
-    ("--dataset wikitext-2 --source wiki", "--source wiki", "no valid.txt"),
-    ("--dataset tinyshakespeare --source short.txt", "short.txt", "--file"),
-    ("--context 0", "--context 0", "1 or more"),
-    ("--data_dir data-file", "--data_dir data-file", "is a file; give a folder"),
-    ("--data_dir data-file/below", "data-file", "irectory"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("argv", "names", "says"), BAD, ids=[argv for argv, *_ in BAD])
-def test_bad_input_is_one_line_and_nothing_is_written(monkeypatch, no_network, capsys, tmp_path, argv, names, says):
-    monkeypatch.chdir(tmp_path)
-    for name, data in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data.encode("latin-1") if isinstance(data, str) else data)
-    before = content(tmp_path)
-    folder = [] if "--data_dir" in argv else ["--data_dir", "data"]
-    code, out, err = run(capsys, *argv.split(), *folder)
-    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
-    assert names in err and says in err
-    assert content(tmp_path) == before and not list(tmp_path.glob("data/*")) and not list(tmp_path.glob("data/.*"))
+# What is in the way (for bad input see test_bad_input.py)
 
 
 def test_what_is_in_the_way_is_left_alone(capsys, tmp_path):
@@ -696,52 +623,6 @@ def test_what_is_in_the_way_is_left_alone(capsys, tmp_path):
     for flags in ([], ["--overwrite"], ["--tokenizer", "byte", "--overwrite"]):
         code, _, err = run(capsys, *flags, "--data_dir", str(tmp_path))
         assert code == 2 and err.count("\n") == 1 and "move it" in err and content(tmp_path) == before
-
-
-def spoil_meta(folder: Path, **changes) -> None:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    (folder / "meta.json").write_text(json.dumps(meta | changes), encoding="utf-8")
-
-
-def spoil_bin(folder: Path, change) -> None:
-    (folder / "train.bin").write_bytes(change((folder / "train.bin").read_bytes()))
-
-
-SPOILED = {
-    "no folder": (lambda f: [p.unlink() for p in f.iterdir()] + [f.rmdir()], "no such folder"),
-    "no train.bin": (lambda f: (f / "train.bin").unlink(), "train.bin: is missing"),
-    "no val.bin": (lambda f: (f / "val.bin").unlink(), "val.bin: is missing"),
-    "no meta.json": (lambda f: (f / "meta.json").unlink(), "meta.json: is missing"),
-    "truncated": (lambda f: spoil_bin(f, lambda b: b[:-100]), "train.bin: has 1,700 bytes where meta.json says 900 tokens"),
-    "odd length": (lambda f: spoil_bin(f, lambda b: b[:-1]), "train.bin: has 1,799 bytes"),
-    "empty": (lambda f: spoil_bin(f, lambda b: b""), "train.bin: has 0 bytes"),
-    "unknown id": (lambda f: spoil_bin(f, lambda b: b[:-2] + b"\x0a\0"), "holds the id 10, but the vocabulary ends at 9"),
-    "meta empty": (lambda f: (f / "meta.json").write_bytes(b""), "is not JSON"),
-    "meta cut": (lambda f: (f / "meta.json").write_bytes((f / "meta.json").read_bytes()[:50]), "is not JSON"),
-    "meta not UTF-8": (lambda f: (f / "meta.json").write_bytes(b"\xff\xfe"), "is not JSON in UTF-8"),
-    "meta a list": (lambda f: (f / "meta.json").write_bytes(b"[1]"), "is of version None"),
-    "other version": (lambda f: spoil_meta(f, version=99), "is of version 99, not 1"),
-    "count not a number": (lambda f: spoil_meta(f, val_tokens="100"), "'val_tokens' is missing or no positive int"),
-    "no byte count": (lambda f: spoil_meta(f, train_bytes=None), "'train_bytes' is missing"),
-    "other type": (lambda f: spoil_meta(f, dtype="uint32"), "dtype is 'uint32'"),
-    "other tokenizer": (lambda f: spoil_meta(f, tokenizer={"kind": "byte"}), "of another tokenizer"),
-    "smaller tokenizer": (
-        lambda f: spoil_meta(f, tokenizer={"kind": "char", "characters": "01"}, vocab_size=2),
-        "holds the id 9, but the vocabulary ends at 1",
-    ),
-    "malformed tokenizer": (lambda f: spoil_meta(f, tokenizer={"kind": "bpe"}), "malformed"),
-}
-
-
-@pytest.mark.parametrize("case", SPOILED)
-def test_load_says_what_is_wrong_with_which_file(tmp_path, case):
-    (tmp_path / "digits.txt").write_text("0123456789" * 100, encoding="utf-8")
-    folder = prepare(file=tmp_path / "digits.txt", data_dir=tmp_path)
-    spoil, says = SPOILED[case]
-    spoil(folder)
-    with pytest.raises(BadInput, match=re.escape(says)) as error:
-        load(folder)
-    assert "\n" not in str(error.value) and "prepare" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
