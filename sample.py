@@ -8,12 +8,14 @@ import codecs
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from mfa import ATTENTION
+from mfa import ATTENTION, GPT
 from prepare_data import BadInput, run_command, tokenizer_from
 from train import load_checkpoint, model_from, pick_device, start_of_text
 
@@ -40,6 +42,16 @@ class Sample:
     """Of the draws; sample k uses seed + k."""
     cache: bool = True
     """Keep keys and values; --no-cache recomputes them for every token: the same text, slower."""
+    cache_dtype: Literal["model", "bfloat16", "float32"] = "model"
+    """What the cache keeps; model: the weights' own."""
+    keep_end: bool = False
+    """Of a prompt longer than the context keep the end; otherwise it is refused."""
+    stop: bool = False
+    """End a text where the model ends the document, if its tokenizer has a token for that."""
+    graphs: bool = True
+    """On a GPU decode with CUDA graphs, which do not wait for the host; --no-graphs: as elsewhere."""
+    compile: bool = False
+    """Compile what the graphs replay: some seconds to start, then faster."""
     device: str = "auto"
     """auto, cpu, cuda, mps ..."""
 
@@ -52,6 +64,17 @@ def newest_checkpoint(out: Path = Path("out")) -> Path:
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
     best = newest.with_name("best.pt")
     return best if best.is_file() else newest
+
+
+def fast_decode(model: GPT, compiled: bool) -> Callable | None:
+    """The decode step of experiments/decode.py on a GPU; elsewhere, and for experts, None: mfa.py's own."""
+    if model.embed.weight.device.type != "cuda" or model.cfg.n_expert:
+        return None
+    try:
+        from experiments.decode import Decoder
+    except ImportError:  # installed without the experiments
+        return None
+    return Decoder(model, compiled=compiled)
 
 
 def main(args: Sample) -> None:
@@ -76,27 +99,34 @@ def main(args: Sample) -> None:
         prompt = tokenizer.encode(args.prompt).tolist() if args.prompt else start_of_text(tokenizer)
     except BadInput as e:
         raise BadInput(f"--prompt: {e}") from e
-    if len(prompt) > cfg.block_size:
-        raise BadInput(f"--prompt has {len(prompt)} tokens; the model's context is {cfg.block_size}: shorten it")
+    if len(prompt) > cfg.block_size and not args.keep_end:
+        what = f"--prompt has {len(prompt)} tokens; the model's context is {cfg.block_size}"
+        raise BadInput(f"{what}: shorten it, or use its end with --keep_end")
+    cache_dtype = model.embed.weight.dtype if args.cache_dtype == "model" else getattr(torch, args.cache_dtype)
+    stop = tokenizer.eot if args.stop else None
+    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=stop, keep_end=args.keep_end)
+    options |= dict(use_cache=args.cache, cache_dtype=cache_dtype)
+    if args.graphs:
+        options["decode"] = fast_decode(model, args.compile)
     print(f"{path}: {cfg.attn}, step {ckpt['step']}, best validation loss {ckpt['best_loss']:.4f}\n", flush=True)
 
-    idx, seconds = torch.tensor([prompt], device=device), 0.0
+    idx, seconds, made = torch.tensor([prompt], device=device), 0.0, 0
     for k in range(args.num_samples):
         generator = torch.Generator(device).manual_seed(args.seed + k)
-        stream = model.stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.cache, generator)
+        stream = model.stream(idx, args.max_new_tokens, generator=generator, **options)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
         sys.stdout.write(args.prompt)
         clock = time.perf_counter()
-        for token in stream:
-            if token.item() < tokenizer.n_vocab:  # train.py --vocab_size may leave room above the tokenizer's ids
-                sys.stdout.write(decoder.decode(tokenizer.to_bytes([token.item()])))
+        for new in stream:
+            token, made = new.item(), made + 1
+            if token < tokenizer.n_vocab and token != stop:  # train.py --vocab_size may leave room above the tokenizer's ids
+                sys.stdout.write(decoder.decode(tokenizer.to_bytes([token])))
             sys.stdout.flush()
         seconds += time.perf_counter() - clock
         sys.stdout.write(decoder.decode(b"", final=True) + "\n" + "-" * 40 + "\n")
 
-    made = args.num_samples * args.max_new_tokens
     tokens = min(cfg.block_size, len(prompt) + args.max_new_tokens)
-    size = tokens * cfg.n_layer * ATTENTION[cfg.attn].counts(cfg).kv_cache * model.embed.weight.element_size()
+    size = tokens * cfg.n_layer * ATTENTION[cfg.attn].counts(cfg).kv_cache * cache_dtype.itemsize
     kept = f"cache {size:,} bytes for {tokens:,} tokens" if args.cache else "no cache"
     print(f"{made:,} tokens in {seconds:.2f} s, {made / seconds:,.0f} tokens/s, {kept}")
 

@@ -104,6 +104,7 @@ def test_flags_take_underscores_and_hyphens(flag, run):
 def test_help_mentions_every_flag(run):
     code, told, _ = run("--help")
     flags = "checkpoint prompt max_new_tokens temperature top_k top_p num_samples seed no_cache device"
+    flags += " cache_dtype keep_end stop no_graphs compile"
     assert code == 0 and [name for name in flags.split() if f"--{name}" not in told] == []
 
 
@@ -167,7 +168,26 @@ def test_the_prompt_comes_first_and_may_fill_the_context(run):
 
 def test_a_prompt_longer_than_the_context_is_refused(run):
     code, out, err = run("--prompt=to be or not to b")
-    assert (code, out) == (2, "") and err == "error: --prompt has 17 tokens; the model's context is 16: shorten it\n"
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: --prompt has 17 tokens; the model's context is 16: shorten it, or ")
+
+
+def test_keep_end_uses_the_end_of_such_a_prompt(run):
+    kept, end = run("--prompt=to be or not to b", "--keep_end"), run("--prompt=o be or not to b")
+    assert kept[0] == 0 and texts(kept[1])[0] == "t" + texts(end[1])[0]
+
+
+def test_stop_ends_a_text_at_the_end_of_its_document(run, runs, tmp_path):
+    flags = checkpoint(tmp_path / "byte.pt", runs, ByteTokenizer()), "--max_new_tokens=1000", "--temperature=2"
+    whole, stopped = run(*flags)[1], run(*flags, "--stop")[1]
+    before = texts(whole)[0].split(EOT)[0]
+    assert EOT in whole and texts(stopped) == [before + "\n"] and int(stopped.splitlines()[-1].split()[0]) < 1000
+
+
+def test_the_cache_may_be_narrower_than_the_model(run):
+    full, half = (run(f"--cache_dtype={dtype}")[1].splitlines()[-1] for dtype in ("float32", "bfloat16"))
+    size = [int(re.search(r"cache ([\d,]+) bytes", line)[1].replace(",", "")) for line in (full, half)]
+    assert size[0] == 2 * size[1]
 
 
 def test_an_unknown_character_in_the_prompt_is_named(run):
@@ -177,7 +197,7 @@ def test_an_unknown_character_in_the_prompt_is_named(run):
 
 def test_without_a_prompt_a_char_model_starts_with_a_new_line_and_others_with_a_new_document(run, runs, tmp_path, monkeypatch):
     seen, plain = [], GPT.stream
-    monkeypatch.setattr(GPT, "stream", lambda self, idx, *rest: (seen.append(idx.tolist()), plain(self, idx, *rest))[1])
+    monkeypatch.setattr(GPT, "stream", lambda self, idx, *a, **k: (seen.append(idx.tolist()), plain(self, idx, *a, **k))[1])
     run("--max_new_tokens=1")
     run(checkpoint(tmp_path / "byte.pt", runs, ByteTokenizer()), "--max_new_tokens=1")
     run(checkpoint(tmp_path / "no line ends.pt", runs, CharTokenizer("abc")), "--max_new_tokens=1")

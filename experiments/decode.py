@@ -1,0 +1,320 @@
+"""A fast decode step: one token for every sequence of a batch, as CUDA graphs, for any model of mfa.py without experts.
+
+    model.generate(idx, 500, decode=Decoder(model))
+
+mfa.py decodes eagerly: for 20 layers the host launches hundreds of small kernels a token, and at small batches the GPU waits
+for it. Here they are compiled, captured once and replayed. The arithmetic stays that of query, remember and output in mfa.py;
+only three things are said anew, and tests/test_decode.py compares them with mfa.py:
+
+    attention      One query for each sequence. The n/g heads of a key/value head stand beside each other as rows of one
+                   product, so no kernel needs to know about groups; one token attends to all that is kept, so none needs
+                   causality. attend_kernel (Triton) finds the filled length on the device, hence one graph serves every
+                   length; it reads no more than is filled, and a tensor that is both key and value only once.
+    absorbed MLA   (q_c K_c^T) c_j^T = q_c (c_j K_c)^T: the query goes into the latent space, and the values are mixed there,
+                   before V_c; the keys and values of the heads are never formed.
+    the cache      is written at a position that lies on the device too.
+
+Where there is no Triton, or with keys to rotate on every read (MFA-KR, "pre"), attention is PyTorch's own, called between
+the graphs on exactly what is filled. Without CUDA there are no graphs: the same steps, run eagerly, which is what the tests on
+a CPU compare.
+"""
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mfa import GPT, MLA, Attention, Block, KVCache, alibi
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU or a Mac
+    triton = None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention of one query per head on what the cache holds
+
+# Bytes of keys and values that one step of the kernel's loop reads, how many warps share it, how many steps overlap, and how
+# many such programs one multiprocessor holds at a time: bench_decode.py --part kernels compares them.
+TILE, WARPS, STAGES, PER_SM = 32768, 4, 3, 3
+
+if triton is not None:
+
+    @triton.jit
+    def attend_kernel(
+        q, k, k2, v, slope, pos, acc, top, total, scale, capacity, G, R,  # R: rows of a product, the n/g heads
+        W: tl.constexpr, W2: tl.constexpr, WV: tl.constexpr,  # widths of the key's two parts and of the value
+        BW: tl.constexpr, BW2: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,  # padded; N keys a step
+        SAME: tl.constexpr, ALIBI: tl.constexpr,
+    ):  # fmt: skip
+        """Part `split` of the keys of one key/value head: the softmax's numerator, its largest score and its sum."""
+        pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)  # pair: sequence * g + head
+        S = tl.load(pos).to(tl.int32) + 1
+        share = tl.cdiv(tl.cdiv(S, N), splits) * N
+        start = split * share
+        end = tl.minimum(start + share, S)
+        r, c, c2, cv = tl.arange(0, M), tl.arange(0, BW), tl.arange(0, BW2), tl.arange(0, BV)
+        row, kept = pair * R + r, pair.to(tl.int64) * capacity  # 64 bits: a cache has more than 2^31 elements
+        queries = q + row[:, None] * (W + W2)
+        q1 = tl.load(queries + c[None, :], mask=(r < R)[:, None] & (c < W)[None, :], other=0.0)  # (M, BW)
+        if W2 > 0:
+            q2 = tl.load(queries + W + c2[None, :], mask=(r < R)[:, None] & (c2 < W2)[None, :], other=0.0)  # (M, BW2)
+        if ALIBI:
+            bias = tl.load(slope + (pair % G) * R + r, mask=r < R, other=0.0)  # (M,)
+        most = tl.full((M,), float("-inf"), tl.float32)
+        summed = tl.zeros((M,), tl.float32)
+        out = tl.zeros((M, BV), tl.float32)
+        for first in range(start, end, N):
+            j = first + tl.arange(0, N)
+            filled = j < end
+            at = (kept + j)[:, None]
+            k1 = tl.load(k + at * W + c[None, :], mask=filled[:, None] & (c < W)[None, :], other=0.0).to(q1.dtype)
+            s = tl.dot(q1, tl.trans(k1), input_precision="ieee")  # (M, N)
+            if W2 > 0:
+                more = tl.load(k2 + at * W2 + c2[None, :], mask=filled[:, None] & (c2 < W2)[None, :], other=0.0)
+                s += tl.dot(q2, tl.trans(more.to(q1.dtype)), input_precision="ieee")
+            s *= scale
+            if ALIBI:
+                s += bias[:, None] * (j - (S - 1))[None, :].to(tl.float32)
+            s = tl.where(filled[None, :], s, float("-inf"))
+            now = tl.maximum(most, tl.max(s, 1))
+            p = tl.exp(s - now[:, None])
+            fade = tl.exp(most - now)
+            summed = summed * fade + tl.sum(p, 1)
+            if SAME:
+                value = k1
+            else:
+                value = tl.load(v + at * WV + cv[None, :], mask=filled[:, None] & (cv < WV)[None, :], other=0.0).to(q1.dtype)
+            out = out * fade[:, None] + tl.dot(p.to(q1.dtype), value, input_precision="ieee")  # (M, BV)
+            most = now
+        to = split * tl.num_programs(0) * R + row
+        tl.store(acc + to[:, None] * WV + cv[None, :], out, mask=(r < R)[:, None] & (cv < WV)[None, :])
+        tl.store(top + to, most, mask=r < R)
+        tl.store(total + to, summed, mask=r < R)
+
+
+def parts(pairs: int, tiles: int, slots: int) -> int:
+    """Into how many parts each of `pairs` heads' keys are cut, so that all `slots` of the GPU have work to the end."""
+
+    def used(n: int) -> float:
+        return pairs * n / (math.ceil(pairs * n / slots) * slots)
+
+    choices = range(2, max(2, min(128, tiles // 2)) + 1)  # never 1, which torch.compile would take for another case
+    return next(n for n in choices if used(n) >= 0.9 * max(map(used, choices)))
+
+
+def attend_triton(attn: Attention, q: Tensor, kept: list[Tensor], pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention on the first pos + 1 of what is kept, in parts P: (P, B, n, w_v), (P, B, n) twice, float32. See merge."""
+    keys, v = read(attn, kept)
+    (B, g, capacity, w), n, wv = keys[0].shape, q.shape[1], v.shape[-1]
+    same, w2 = v is keys[0], sum(k.shape[-1] for k in keys[1:])
+    row_bytes = (w + w2 + wv * (not same)) * v.element_size()
+    N = min(128, max(16, 1 << int(math.log2(TILE / row_bytes))))
+    slots = PER_SM * (torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2)
+    P = parts(B * g, capacity // N, slots)
+    acc = q.new_empty(P, B, n, wv, dtype=torch.float32)
+    top, total = acc.new_empty(2, P, B, n)
+    slope = -alibi(n, pos + 1, pos, torch.float32).flatten() if attn.cfg.pos == "alibi" else acc  # (n,)
+    wide = [max(16, triton.next_power_of_2(x)) for x in (w, w2, wv, n // g)]
+    attend_kernel[(B * g, P)](
+        q.contiguous(), keys[0], keys[-1], v, slope, pos, acc, top, total, attn.scale, capacity, g, n // g,
+        w, w2, wv, *wide, N, same, attn.cfg.pos == "alibi", num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return acc, top, total
+
+
+def merge(acc: Tensor, top: Tensor, total: Tensor) -> Tensor:
+    """The parts of a softmax's numerator, each with its largest score and its sum, as one: (B, n, 1, w_v)."""
+    share = (top - top.amax(0)).exp()  # (P, B, n); 0 for a part without keys
+    y = (acc * share[..., None]).sum(0) / (total * share).sum(0)[..., None]  # (B, n, w_v)
+    return y[:, :, None]  # (B, n, 1, w_v)
+
+
+def attend_sdpa(attn: Attention, q: Tensor, kept: list[Tensor], length: int, read: Callable) -> Tensor:
+    """Attention on the first `length` of what is kept, by PyTorch: (B, n, 1, w) -> (B, n, 1, w_v)."""
+    keys, v = read(attn, [t[:, :, :length].to(q.dtype) for t in kept])
+    k = torch.cat(keys, dim=-1) if len(keys) > 1 else keys[0]  # (B, g, S, w)
+    (B, n), g, mask = q.shape[:2], k.shape[1], None
+    if attn.cfg.pos == "alibi":
+        key = torch.arange(length, device=q.device)
+        mask = alibi(n, key[-1:], key, torch.promote_types(q.dtype, torch.float32)).to(q.dtype).view(1, g, n // g, length)
+    q = q.reshape(B, g, n // g, -1)  # heads of a group as rows
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=attn.scale).reshape(B, n, 1, -1)
+
+
+# FlashAttention cuts the keys into parts. cuDNN is left out: it plans anew for each length (bench_decode.py --part kernels).
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands around it. Shapes: x (B, 1, H), q (B, n, 1, w), pos (1,), kept: a layer's tensors of the cache.
+
+
+def read(attn: Attention, kept: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The keys' parts, side by side in width, and the values: (B, g, S, w), ... and (B, g, S, w_v)."""
+    if isinstance(attn, MLA):  # the latents are the keys (with the rotary part) and the values, absorbed
+        latents = 1 if attn.cfg.joint_kv else 2
+        return [kept[0], *kept[latents:]], kept[latents - 1]
+    k, v = attn.recall(*kept)
+    return [k], v
+
+
+def begin(block: Block, x: Tensor, pos: Tensor, kept: list[Tensor]) -> Tensor:
+    """What comes before attention: write the token's keys and values into the cache at pos, return its queries."""
+    attn, x = block.attn, block.attn_norm(x)
+    for tensor, new in zip(kept, attn.remember(x, pos), strict=True):
+        tensor.index_copy_(2, pos, new.to(tensor.dtype))
+    q = attn.query(x, pos)
+    if isinstance(attn, MLA):
+        d, K = attn.cfg.head_dim, attn.k.weight.unflatten(0, (attn.n_head, -1))  # K: (m, d, C)
+        q = torch.cat((torch.einsum("bmtd,mdc->bmtc", q[..., :d], K), q[..., d:]), dim=-1)  # (B, m, 1, C + d_r)
+    return q
+
+
+def finish(block: Block, x: Tensor, y: tuple[Tensor, ...], pos: Tensor) -> Tensor:
+    """What comes after attention: its output and the FFN, added to the residual."""
+    attn, y = block.attn, merge(*y).to(x.dtype) if len(y) == 3 else y[0]
+    if isinstance(attn, MLA):
+        y = torch.einsum("bmtc,mdc->bmtd", y, attn.v.weight.unflatten(0, (attn.n_head, -1)))  # (B, m, 1, d)
+    x = x + attn.output(y, pos)
+    return x + block.ffn(block.ffn_norm(x))
+
+
+def between(block: Block, following: Block, x: Tensor, y: tuple[Tensor, ...], pos: Tensor, kept: list[Tensor]):
+    """All that lies between the attentions of two layers; every pair of layers shares one compilation."""
+    x = finish(block, x, y, pos)
+    return x, begin(following, x, pos, kept)
+
+
+@functools.cache
+def fuse(function: Callable, tune: bool = False) -> Callable:
+    """Compiled; dynamic: once for all batches above 1 and all capacities, once more for a batch of 1."""
+    options = {"coordinate_descent_tuning": True} if tune else None
+    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
+
+
+class Decoder:
+    """decode(model, new (B, 1), cache) -> logits (B, vocab_size), for GPT.stream; the cache advances by one token.
+
+    The model is in evaluation mode, as stream() sees to.
+    attention "triton" makes one graph of the whole step, "sdpa" one of each stretch between two attentions. The graphs
+    belong to a cache's tensors: a new cache means a new capture (a fraction of a second), unless it lies where the last
+    one lay, as it does when one text is sampled after the other. The logits are overwritten by the next call.
+    tune: let torch.compile try out kernels for batches of one (tens of seconds, once).
+    Raises ValueError for experts, whose routing waits for the host, and when the cache or the context is full.
+    """
+
+    def __init__(self, model: GPT, attention: str | None = None, compiled: bool | None = None, tune: bool = False):
+        cfg, cuda = model.cfg, model.embed.weight.is_cuda
+        if cfg.n_expert:
+            raise ValueError("experts are routed by the host: decode this model eagerly")
+        rotates = cfg.attn == "mfa_kr" and cfg.pos == "rope" and cfg.key_reuse_rope == "pre"
+        usable = triton is not None and cuda and not rotates and model.embed.weight.dtype != torch.float64
+        self.attention = attention or ("triton" if usable else "sdpa")
+        self.model, self.cuda, self.captures = model, cuda, 0
+        self.read, self.between = read, between
+        if (cuda and triton is not None) if compiled is None else compiled:
+            self.between = fuse(between, tune)
+            self.read = fuse(read) if rotates else read
+        self.cache, self.lies, self.replay = None, None, None
+
+    @torch.no_grad()
+    def __call__(self, model: GPT, new: Tensor, cache: KVCache) -> Tensor:
+        room = min(cache.capacity, self.model.cfg.block_size)
+        if model is not self.model:
+            raise ValueError("this Decoder was made for another model")
+        if new.shape != (cache.batch_size, 1) or cache.length >= room:
+            what = f"{tuple(new.shape)} behind {cache.length} tokens"
+            raise ValueError(f"a step takes ({cache.batch_size}, 1) new ids and room for at most {room} tokens, not {what}")
+        if self.cache is None or self.cache() is not cache:
+            self.bind(cache)
+        self.new.copy_(new)
+        self.pos.fill_(cache.length)
+        self.length = cache.length + 1
+        if self.replay is None:
+            with sdpa_kernel(BACKENDS, set_priority=True):
+                self.run()  # compiles
+                if self.cuda:
+                    self.capture()  # computes nothing
+        if self.replay is not None:
+            self.replay()
+        cache.length += 1
+        return self.logits
+
+    def bind(self, cache: KVCache) -> None:
+        """Make ready for a cache: it lies where the last one lay, or the graphs are captured anew."""
+        self.cache = weakref.ref(cache)  # weak: or the next cache could not lie where this one lay
+        lies = [(t.data_ptr(), t.shape, t.dtype) for layer in cache.layers for t in layer]
+        if lies != self.lies:
+            device = cache.layers[0][0].device
+            self.lies, self.replay = lies, None
+            self.new = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=device)
+            self.pos = torch.zeros(1, dtype=torch.long, device=device)
+
+    def steps(self) -> Iterator[tuple[int, Tensor]]:
+        """The step with holes: yields (layer, q) wherever attention is due, is sent its result, leaves self.logits."""
+        blocks, layers, pos = self.model.blocks, self.cache().layers, self.pos
+        x = self.model.embed(self.new)  # (B, 1, H)
+        q = begin(blocks[0], x, pos, layers[0])
+        for i in range(1, len(blocks)):
+            y = yield i - 1, q
+            x, q = self.between(blocks[i - 1], blocks[i], x, y, pos, layers[i])
+        y = yield len(blocks) - 1, q
+        x = finish(blocks[-1], x, y, pos)
+        self.logits = self.model.head(self.model.norm(x))[:, -1]  # (B, vocab_size)
+
+    def attend(self, layer: int, q: Tensor) -> tuple[Tensor, ...]:
+        attn, kept = self.model.blocks[layer].attn, self.cache().layers[layer]
+        if self.attention == "triton":
+            return attend_triton(attn, q, kept, self.pos)
+        return (attend_sdpa(attn, q, kept, self.length, self.read),)
+
+    def run(self) -> None:
+        """One step, eagerly."""
+        steps, y = self.steps(), None
+        while (due := advance(steps, y)) is not None:
+            y = self.attend(*due)
+
+    def capture(self) -> None:
+        """Turn the step into CUDA graphs; self.replay runs them."""
+        self.captures += 1
+        pool = torch.cuda.graph_pool_handle()
+
+        def record(work: Callable):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                result = work()
+            return graph, result
+
+        if self.attention == "triton":
+            self.replay = record(self.run)[0].replay
+            return
+        steps, pieces, y = self.steps(), [], None
+        while True:
+            graph, due = record(lambda: advance(steps, y))  # noqa: B023 (called at once)
+            if due is None:
+                break
+            y = self.attend(*due)  # a place for the result, which is not computed yet
+            pieces.append((graph, due, y[0]))
+
+        def replay():
+            with sdpa_kernel(BACKENDS, set_priority=True):
+                for piece, due, place in pieces:
+                    piece.replay()
+                    place.copy_(self.attend(*due)[0])
+                graph.replay()
+
+        self.replay = replay
+
+
+def advance(steps: Iterator, y):
+    """Send y into the step; returns where attention is due next, None at its end."""
+    try:
+        return steps.send(y)
+    except StopIteration:
+        return None

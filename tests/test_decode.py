@@ -1,0 +1,331 @@
+"""The fast decode step against mfa.py's own, and that its benchmark runs. What needs a GPU is skipped without one."""
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+
+import bench_decode
+import decode
+import pytest
+import torch
+from attentions import ALL, MAIN, POSITIONS, difference, gpt, tokens
+from decode import Decoder
+from runs import command
+
+from mfa import GPT, KVCache, preset
+
+MODES = (*MAIN, "mfa_kr gated post", "mfa_kr gated inverse", "mla joint")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@torch.no_grad()
+def logits(model: GPT, idx: torch.Tensor, step=None, prompt: int = 5, dtype=None) -> torch.Tensor:
+    """Of every token from the prompt's end on, fed one by one: (T - prompt + 1, B, vocab_size)."""
+    cache = KVCache(model, len(idx), idx.shape[1], dtype)
+    out = [model.next_logits(idx[:, :prompt], cache)]
+    for t in range(prompt, idx.shape[1]):
+        out.append((step or GPT.next_logits)(model, idx[:, t : t + 1], cache).clone())
+    assert cache.length == idx.shape[1]
+    return torch.stack(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step, without graphs
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+@pytest.mark.parametrize("case", ALL)
+def test_the_step_gives_the_logits_of_the_model(case, pos):
+    model = gpt(case, pos)
+    idx = tokens(model.cfg)
+    assert difference(logits(model, idx, Decoder(model)), logits(model, idx)) < 1e-13
+
+
+@pytest.mark.parametrize("case", MODES)
+def test_greedy_text_is_the_same_with_the_step_with_the_cache_and_without(case):
+    model = gpt(case).float()
+    idx = tokens(model.cfg, B=3, T=4)
+    fast, cached, plain = (
+        model.generate(idx, 50, temperature=0, **how)  # a context of 24: the window starts anew several times
+        for how in (dict(decode=Decoder(model)), {}, dict(use_cache=False))
+    )
+    assert torch.equal(fast, cached) and torch.equal(cached, plain)
+
+
+def test_equal_seeds_give_equal_texts():
+    model = gpt("mfa").float()
+    idx, step = tokens(model.cfg, T=3), Decoder(model)
+    a, b = (
+        model.generate(idx, 20, top_k=9, top_p=0.9, generator=torch.Generator().manual_seed(7), decode=how)
+        for how in (step, None)
+    )
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", MODES)
+def test_what_is_not_filled_is_not_read(case):
+    model = gpt(case)
+    idx, cache = tokens(model.cfg, T=6), KVCache(model, 2, 20)
+    with torch.no_grad():
+        expected = model.next_logits(idx, None)
+        model.next_logits(idx[:, :5], cache)
+    for kept in (t for layer in cache.layers for t in layer):
+        kept[:, :, 5:] = torch.nan
+    assert difference(Decoder(model)(model, idx[:, 5:], cache), expected) < 1e-13
+
+
+def test_the_cache_may_be_of_another_type():
+    model = gpt("mfa").float()
+    idx = tokens(model.cfg)
+    assert difference(logits(model, idx, Decoder(model), dtype=torch.bfloat16), logits(model, idx, dtype=torch.bfloat16)) < 1e-5
+
+
+def test_one_decoder_serves_one_cache_after_the_other():
+    model = gpt("gqa")
+    step = Decoder(model)
+    for B, T in ((2, 9), (3, 12), (2, 9)):
+        idx = tokens(model.cfg, B, T)
+        assert difference(logits(model, idx, step), logits(model, idx)) < 1e-13
+
+
+def test_it_keeps_no_cache_alive():
+    model = gpt("mfa")
+    step, cache = Decoder(model), KVCache(model, 1, 4)
+    step(model, tokens(model.cfg, 1, 1), cache)
+    kept = weakref.ref(cache.layers[0][0])
+    del cache
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_full_cache_another_batch_another_model_and_experts_are_refused():
+    model = gpt("mfa")
+    step, cache, new = Decoder(model), KVCache(model, 2, 1), tokens(model.cfg, 2, 1)
+    step(model, new, cache)
+    for wrong, told in ((new, "behind 1 tokens"), (new[:1], "(2, 1) new ids")):
+        with pytest.raises(ValueError, match=told.replace("(", r"\(").replace(")", r"\)")):
+            step(model, wrong, cache)
+    with pytest.raises(ValueError, match="another model"):
+        step(gpt("mfa"), new, KVCache(model, 2, 4))
+    with pytest.raises(ValueError, match="experts"):
+        Decoder(GPT(replace(model.cfg, n_expert=4, moe_ffn_dim=8)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its parts
+
+
+def test_parts_of_a_softmax_merge_into_the_whole():
+    s, v = torch.randn(3, 4, 40).double(), torch.randn(3, 40, 6).double()  # (B, n, S), (B, S, w)
+    cuts = [(0, 16), (16, 32), (32, 40), (40, 40)]  # the last has nothing
+    acc, top, total = (
+        torch.zeros(4, 3, 4, 6).double(),
+        torch.full((4, 3, 4), -torch.inf).double(),
+        torch.zeros(4, 3, 4).double(),
+    )
+    for i, (a, b) in enumerate(cuts[:3]):
+        top[i] = s[..., a:b].amax(-1)
+        p = (s[..., a:b] - top[i][..., None]).exp()
+        acc[i], total[i] = p @ v[:, a:b], p.sum(-1)
+    assert difference(decode.merge(acc, top, total)[:, :, 0], s.softmax(-1) @ v) < 1e-14
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 32, 128, 512, 1000])
+def test_the_cut_of_the_keys_keeps_the_gpu_busy(pairs):
+    slots = 396
+    n = decode.parts(pairs, tiles=512, slots=slots)
+    rounds = -(-pairs * n // slots)
+    assert 2 <= n <= 128 and (pairs * n / (rounds * slots) > 0.85 or pairs * 128 < slots)
+
+
+def test_all_layers_and_all_batches_above_one_share_a_compilation(monkeypatch):
+    seen = []
+
+    def counting(graph, _):
+        seen.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(decode.between, dynamic=True, fullgraph=True, backend=counting)
+    monkeypatch.setattr(decode, "fuse", lambda function, tune=False: compiled)
+    model = gpt("mfa", n_layer=4, n_head=4)
+    step = Decoder(model, compiled=True)
+    for B, T, expected in ((5, 9, 1), (7, 13, 1), (1, 9, 2)):
+        idx = tokens(model.cfg, B, T)
+        assert difference(logits(model, idx, step), logits(model, idx)) < 1e-13
+        assert len(seen) == expected
+    torch.compiler.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@gpu
+@pytest.mark.parametrize("pos", POSITIONS)
+@pytest.mark.parametrize("case", ALL)
+def test_graphs_give_the_logits_of_the_model(case, pos):
+    model = gpt(case, pos, block_size=300).float().cuda()
+    idx = tokens(model.cfg, B=3, T=24 if case == "fpba" else 270).cuda()
+    prompt = idx.shape[1] - 10
+    step = Decoder(model, compiled=False)
+    assert difference(logits(model, idx, step, prompt), logits(model, idx, None, prompt)) < 1e-5
+    assert step.captures == 1
+
+
+@gpu
+@pytest.mark.parametrize("case", MODES)
+def test_greedy_text_is_the_same_eager_uncached_and_compiled(case):
+    torch.compiler.reset()
+    model = gpt(case).float().cuda()
+    idx = tokens(model.cfg, B=3, T=4).cuda()
+    ways = (dict(decode=Decoder(model)), dict(decode=Decoder(model, "sdpa")), {}, dict(use_cache=False))
+    texts = [model.generate(idx, 50, temperature=0, **how) for how in ways]
+    assert all(torch.equal(text, texts[-1]) for text in texts)
+
+
+@gpu
+@pytest.mark.parametrize("case", ["mha", "gqa", "mfa", "mla joint", "mfa_kr gated inverse"])
+def test_the_kernel_agrees_with_sdpa_in_bfloat16(case):
+    model = gpt(case, block_size=3000, head_dim=64, latent_dim=128, rope_dim=64).bfloat16().cuda()
+    layer = model.blocks[0].attn
+    kept = [torch.randn(3, g, 3000, w, device="cuda", dtype=torch.bfloat16) for g, w in layer.kept]
+    width = sum(k.shape[-1] for k in decode.read(layer, kept)[0])
+    q = torch.randn(3, layer.n_head, 1, width, device="cuda", dtype=torch.bfloat16)
+    for length in (1, 100, 2999):
+        for t in kept:
+            t[:, :, length:] = torch.nan
+        got = decode.merge(*decode.attend_triton(layer, q, kept, torch.tensor([length - 1], device="cuda")))
+        exact = decode.attend_sdpa(layer, q.double(), kept, length, decode.read)
+        assert ((got - exact).norm() / exact.norm()).item() < 1e-2
+        for t in kept:
+            t.copy_(torch.randn_like(t))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark
+
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+@dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+    def generate(self, idx, n, temperature, top_k):
+        return torch.cat((idx, idx.new_zeros(len(idx), n)), dim=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """decode.json of all parts that run on a CPU, with the file's folder."""
+    folder = tmp_path_factory.mktemp("decode")
+    (folder / "model.py").write_text(NANOGPT, encoding="utf-8")
+    flags = f"--smoke --device cpu --steps 2 --results {folder}/decode.json --nanogpt {folder}".split()
+    assert command(bench_decode.main, bench_decode.Args, [*flags, "--part", "must", "baby", "grid", "tiny", "plot"]) == 0
+    return folder, json.loads((folder / "decode.json").read_text(encoding="utf-8"))
+
+
+def test_every_part_of_the_benchmark_leaves_its_rows(toy):
+    folder, result = toy
+    rows = result["rows"]
+    assert not [r for r in rows if "error" in r]
+    for name in ("command", "commit", "device", "versions", "date", "bandwidth"):
+        assert result[name] == result["runs"][rows[0]["run"]][name]
+    cells = [(r["attn"], r["mode"], r["batch"], r["context"]) for r in rows if r["model"] == "paper-1b"]
+    assert sorted(cells) == sorted((a, m, b, c) for a, m in bench_decode.VARIANTS for b, c in ((2, 48), (1, 32), (2, 32)))
+    assert {r["engine"] for r in rows if r["model"] == "baby"} == {"ours", "nanogpt"}
+    assert {r["engine"] for r in rows if r["model"] == "tiny"} == {"ours", "ours, no cache"}
+    assert all((folder / name).is_file() for name in ("decode_tokens.png", "decode_largest.png"))
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_row_of_the_benchmark_adds_up(toy):
+    for row in (r for r in toy[1]["rows"] if r["model"] == "paper-1b"):
+        assert row["cache_bytes"] == row["counts_bytes"]
+        assert row["tokens_per_s"] == pytest.approx(1000 * row["batch"] / row["ms"])
+        assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["ms"])
+
+
+def test_the_largest_batch_is_the_largest_that_fits(toy):
+    largest = toy[1]["largest_batch"]
+    assert [(r["attn"], r["mode"]) for r in largest] == bench_decode.VARIANTS
+    for row in largest:
+        each = row["cache_bytes_per_sequence"]
+        assert row["batch"] * each <= 2**20 < (row["batch"] + 1) * each
+
+
+def test_the_largest_batch_is_found_by_trying(monkeypatch):
+    """With a workspace that no formula knows: the search must end between a batch that fits and one that does not."""
+
+    class Card:
+        cuda, device, held = True, torch.device("cpu"), 0
+
+        def clean(self):
+            self.held = 0
+
+        def free(self):
+            return 10**6 - self.held
+
+    card = Card()
+
+    def cache(model, batch, context):
+        card.held = 1024 * batch + 3 * batch**2
+        if card.held > 10**6:
+            raise torch.OutOfMemoryError("out of memory")
+        return KVCacheStub()
+
+    class KVCacheStub:
+        length = 0
+
+    monkeypatch.setattr(bench_decode, "KVCache", cache)
+    monkeypatch.setattr(bench_decode, "Decoder", lambda *a: lambda *b: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    model = GPT(preset("tiny", "mfa", latent_dim=16))  # 4 layers x 2 x 16 elements x 4 bytes x 2 tokens = 1,024 bytes
+    for workspace in (0, 3, 5000):
+        found = bench_decode.largest_batch(card, model, "triton", 2, workspace)
+        assert found["cache_bytes_per_sequence"] == 1024
+        assert 1024 * found["batch"] + 3 * found["batch"] ** 2 <= 10**6
+        assert 1024 * (found["batch"] + 1) + 3 * (found["batch"] + 1) ** 2 > 10**6 and found["tries"] < 20
+
+
+def test_a_second_run_replaces_what_it_measures_again(toy, capsys):
+    folder, before = toy
+    flags = f"--smoke --device cpu --steps 2 --results {folder}/decode.json --part tiny".split()
+    assert command(bench_decode.main, bench_decode.Args, flags) == 0
+    after = json.loads((folder / "decode.json").read_text(encoding="utf-8"))
+    names = [{(r["model"], r["attn"], r["engine"], r["batch"], r["context"]) for r in x["rows"]} for x in (before, after)]
+    assert names[0] == names[1] and len(after["rows"]) == len(before["rows"]) and len(after["runs"]) == 2
+    assert after["command"] == before["command"]
+
+
+def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    plain = bench_decode.measure
+    monkeypatch.setattr(bench_decode, "measure", lambda *a: 1 / 0 if a[1].cfg.attn == "mha" else plain(*a))
+    flags = f"--smoke --device cpu --steps 2 --results {tmp_path}/decode.json --part must".split()
+    assert command(bench_decode.main, bench_decode.Args, flags) == 0
+    rows = json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))["rows"]
+    assert {r["attn"] for r in rows if "error" in r} == {"mha"} and sum("ms" in r for r in rows) == 7
+    assert next(r for r in rows if r["attn"] == "mha")["error"].startswith("ZeroDivisionError")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--device cpu --part must", "--part must: these need a GPU"),
+        ("--device tpu", "--device must be cpu or cuda"),
+        ("--device cpu --smoke", "--smoke measures a toy"),
+        ("--device cpu --part tiny --steps 0", "--steps must be at least 1"),
+        ("--device cpu --part tiny --nanogpt nowhere", "--nanogpt nowhere: no model.py there"),
+        ("--device cpu --part plot --results nowhere.json", "--part plot: nowhere.json is not there"),
+    ],
+)
+def test_bad_flags_get_one_line(flags, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command(bench_decode.main, bench_decode.Args, flags.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {told}") and err.count("\n") == 1 and not list(tmp_path.iterdir())
