@@ -1,0 +1,390 @@
+"""Plots and tables from the results of run.py: python experiments/plot.py
+
+Writes the plots beside the results and fills the marked parts of experiments/README.md, with the paper's figure beside ours.
+Every number is taken from a line of the results; a row none of whose runs was made says so. Seeds are shown as mean ± standard
+deviation (of the sample, n - 1).
+"""
+
+import itertools
+import os
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from provenance import ROOT
+from studies import (
+    BEST,
+    FIGURE1,
+    GRID,
+    LENGTH,
+    QUESTION_A,
+    QUEUE,
+    RESULTS,
+    STUDIES,
+    VOCAB,
+    Run,
+    best,
+    build,
+    made,
+    queue,
+    read_results,
+    run_for,
+)
+
+from prepare_data import BadInput, run_command
+from train import cache_bytes, mha_of, write_atomically
+
+GRIDDED = {study for study, _, rates, _ in QUEUE if rates == BEST}
+ATTENTIONS = (("mha", "MHA"), ("mfa", "MFA"), ("mfa_kr", "MFA-KR"))
+STYLE = {"mha": ("black", "o"), "gqa": ("tab:gray", "s"), "mqa": ("tab:brown", "v"), "mla": ("tab:blue", "D"),
+         "mfa": ("tab:red", "*"), "mfa_kr": ("tab:orange", "P")}  # fmt: skip
+
+
+class Results:
+    """The results on one text: done[run] is the line of a run. toy: those of --smoke."""
+
+    def __init__(self, rows: list[dict], dataset: str = f"pg-books-bpe{VOCAB}", toy: bool = False):
+        self.done, self.toy = made(rows, dataset), toy
+
+    def of(self, study: str, arm: str, times: float | None = None) -> list[dict]:
+        """The lines of an arm, one a seed, at `times` its middle learning rate; by default at the best, if it has a grid."""
+        if times is None:
+            times = best(study, arm, self.done, self.toy) if study in GRIDDED else 1
+        if times is None:  # none of the grid was made, or all of it diverged
+            times = 1
+        runs = [run_for(study, arm, times, seed, self.toy) for seed in (0, 1, 2)]
+        return [self.done[run] for run in runs if run in self.done]
+
+    def finite(self, study: str, arm: str) -> list[dict]:
+        """Those of them, at the best learning rate, that did not diverge."""
+        return [row for row in self.of(study, arm) if not row["diverged"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of tables
+
+
+def spread(values: list[float], digits: int) -> str:
+    """mean ± standard deviation, or the only value."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def outcome(rows: list[dict], what: str = "ppl", digits: int = 2) -> str:
+    """A cell: mean ± deviation over the seeds, and how many diverged."""
+    if not rows:
+        return "not made"
+    finite = [row[what] for row in rows if not row["diverged"]]
+    lost = f"{len(rows) - len(finite)} of {len(rows)} diverged" if len(finite) < len(rows) else ""
+    return ", ".join(filter(None, [spread(finite, digits) if finite else "", lost]))
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def on_paper(run: Run) -> tuple[int, int, float]:
+    """Parameters, bytes of cache per token, and the cache as a share of MHA's, without training anything."""
+    with torch.device("meta"):
+        model = build(run)
+    kept = 2 * sum(heads * width for block in model.blocks for heads, width in block.attn.kept)
+    return sum(p.numel() for p in model.parameters()), kept, kept / cache_bytes(mha_of(run.cfg))
+
+
+def main_table(results: Results, study: str) -> str:
+    body = []
+    for arm, a in STUDIES[study].items():
+        rows = results.of(study, arm)
+        params, kept, share = on_paper(run_for(study, arm, 1, 0, results.toy))
+        lr = f"{rows[0]['lr']:.2g}" if rows else "–"
+        counts = [f"{kept:,}", f"{share:.2%}", f"{params / 1e6:.2f}M", lr, str(len(rows))]
+        body.append([a.name, *counts, outcome(rows), outcome(rows, "bpb", 4) if rows else "–", a.paper or "–"])
+    head = ["", "cache, bytes per token", "of MHA's", "parameters", "peak lr", "seeds", "perplexity", "bits per byte", "paper"]
+    return table(head, body)
+
+
+def order(results: Results, study: str) -> str:
+    """Does the order of the rows agree with the paper's? Pairs that differ are named."""
+    arms = STUDIES[study]
+    found = {arm: [row["ppl"] for row in results.finite(study, arm)] for arm in arms if arms[arm].paper}
+    ours = {arm: statistics.mean(ppl) for arm, ppl in found.items() if ppl}
+    pairs = [(a, b) for a, b in itertools.permutations(ours, 2) if float(arms[a].paper) < float(arms[b].paper)]
+    if not pairs:
+        return "Order: no two rows that the paper has a figure for were made."
+    other = [f"{arms[b].name} ({ours[b]:.2f}) below {arms[a].name} ({ours[a]:.2f})" for a, b in pairs if ours[b] < ours[a]]
+    text = f"Order: {len(pairs) - len(other)} of {len(pairs)} pairs as in the paper."
+    return text + (f" The other way round here: {'; '.join(other)}." if other else "")
+
+
+def against(results: Results, study: str, one: str, other: str) -> list[str]:
+    """A line of the table of differences: loss of other less that of one, seed by seed, each at its best learning rate."""
+    arms = STUDIES[study]
+    a, b = ({row["seed"]: row["val_loss"] for row in results.finite(study, arm)} for arm in (one, other))
+    seeds = sorted(a.keys() & b.keys())
+    d = [b[seed] - a[seed] for seed in seeds]
+    verdict = f"in {sum(x > 0 for x in d)} of {len(d)} seeds" if d else "not made"
+    share = on_paper(run_for(study, other, 1, 0, results.toy))[2]
+    return [arms[one].name, arms[other].name, f"{share:.2%}", spread(d, 4) if d else "–", verdict]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of README.md
+
+
+def status(results: Results) -> str:
+    body = []
+    for study in STUDIES:
+        tasks = [task.run for task in queue(results.done, study, results.toy)]
+        lost = sum(results.done[run]["diverged"] for run in tasks if run in results.done)
+        body.append([study, str(len(tasks)), str(sum(run in results.done for run in tasks)), str(lost)])
+    runs = [task.run for task in queue(results.done, "all", results.toy)]
+    shared = f"Together {len(runs)} runs, since studies share some; {sum(run in results.done for run in runs)} are made."
+    return table(["study", "runs", "made", "of them diverged"], body) + "\n\n" + shared
+
+
+def figure1_part(results: Results) -> str:
+    others = [arm for arm in FIGURE1 if arm not in ("mfa", "mfa_2d", "mfa_kr", "mfa_kr_2d")]
+    pairs = [("mfa", arm) for arm in (*others, "mfa_kr")] + [("mfa_2d", arm) for arm in ("mha", "mfa", "mfa_kr_2d")]
+    head = ["", "against", "whose cache is", "its loss less ours, nats", "ours is lower"]
+    claims = table(head, [against(results, "figure1", *pair) for pair in pairs])
+    return "\n\n".join([main_table(results, "figure1"), order(results, "figure1"), claims])
+
+
+def grid_part(results: Results) -> str:
+    body = []
+    arms = [("figure1", arm) for arm in FIGURE1] + [("table4", arm) for arm in ("vanilla", "proj", "residual")]
+    for study, arm in arms:
+        lowest, cells = best(study, arm, results.done, results.toy), []
+        for times in GRID:
+            rows = [row for row in results.of(study, arm, times) if row["seed"] == 0]
+            cells.append(f"**{outcome(rows)}**" if rows and times == lowest else outcome(rows))
+        body.append([STUDIES[study][arm].name, *cells])
+    rates = [f"{run_for('figure1', 'mha', times, 0, results.toy).lr:.2g}" for times in GRID]
+    return table(["perplexity at seed 0, peak lr", *rates], body)
+
+
+def table_part(study: str):
+    return lambda results: main_table(results, study) + "\n\n" + order(results, study)
+
+
+def question_a_part(results: Results) -> str:
+    body = []
+    for arm, a in QUESTION_A.items():
+        body.append([a.name, *(outcome(results.of("question_a", arm, times)) for times in (0.5, 1))])
+    rates = [f"{run_for('question_a', 'pre', times, 0, results.toy).lr:.2g}" for times in (0.5, 1)]
+    return table(["perplexity, peak lr", *rates], body)
+
+
+def question_b_part(results: Results) -> str:
+    body = []
+    for attn, name in (("mha", "MHA"), ("mqa", "MQA"), ("mla", "MLA, joint latent of dim/4"), ("mfa", "MFA, C = dim/8")):
+        arms = [f"{attn}_{size}_{init}" for size in ("30m", "7m") for init in ("scaled", "plain")]
+        body.append([name, *(outcome(results.of("question_b", arm)) for arm in arms)])
+    scaled = [f"dim {dim}, std {0.02 * (2048 / dim) ** 0.5:.3f}" for dim in (512, 256)]
+    return table(["perplexity", scaled[0], "dim 512, std 0.02", scaled[1], "dim 256, std 0.02"], body)
+
+
+def length_part(results: Results) -> str:
+    starts = [run_for("length", arm, 1, 0, results.toy).cfg.block_size for arm in ("mha_512", "mha_2048")]
+    bins = [b for b in (1 << i for i in range(20)) if starts[0] // 8 <= b < starts[1]]
+    body = []
+    for arm, a in LENGTH.items():
+        rows = results.finite("length", arm)
+        by = [dict(row["by_position"]) for row in rows]
+        cells = [spread([d[b] for d in by], 4) if by and b in by[0] else "–" for b in bins]
+        body.append([a.name, outcome(results.of("length", arm), "val_loss", 4), *cells])
+    return table(["loss, nats per token", "all positions", *(f"{b} to {2 * b - 1}" for b in bins)], body)
+
+
+def scaling(results: Results) -> dict[str, list[tuple[float, float]]]:
+    """Figure 3's points of each attention, dense: (N D, mean loss)."""
+    points = {attn: [] for attn, _ in ATTENTIONS}
+    for arm in STUDIES["figure3"]:
+        attn, _, size = arm.rpartition("_")
+        rows = results.finite("figure3", arm)
+        if rows and size != "moe":
+            loss = statistics.mean(row["val_loss"] for row in rows)
+            points[attn].append((rows[0]["params"] * rows[0]["tokens"], loss))
+    return {attn: sorted(found) for attn, found in points.items()}
+
+
+def power_law(points: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """(a, b, rms): loss = a (N D)^-b by least squares on the logarithms, and the root mean square of what is left, in nats."""
+    x, y = np.log(points).T
+    slope, intercept = np.polyfit(x, y, 1)
+    left = np.exp(y) - np.exp(intercept + slope * x)
+    return float(np.exp(intercept)), float(-slope), float(np.sqrt(np.mean(left**2)))
+
+
+def figure3_part(results: Results) -> str:
+    body = []
+    for arm, a in STUDIES["figure3"].items():
+        run, rows = run_for("figure3", arm, 1, 0, results.toy), results.of("figure3", arm)
+        params, kept, share = on_paper(run)
+        tokens = run.max_iters * run.batch_size * run.cfg.block_size
+        counts = [f"{params / 1e6:.2f}M", f"{tokens / 1e6:.1f}M", f"{kept:,}", f"{share:.2%}"]
+        body.append([a.name, *counts, outcome(rows, "val_loss", 4)])
+    head = ["", "parameters N", "tokens D", "cache, bytes per token", "of MHA's", "loss, nats per token"]
+    lines = []
+    for attn, name in ATTENTIONS:
+        points = scaling(results)[attn]
+        if len(points) < 3:
+            lines.append(f"- {name}: no fit, {len(points)} of 4 dense sizes made.")
+        else:
+            a, b, rms = power_law(points)
+            law = f"loss = {a:.2f} (N D)^-{b:.4f}, off by {rms:.4f} nats (rms)"
+            lines.append(f"- {name}: {law}, over {len(points)} of 4 dense sizes.")
+    return table(head, body) + "\n\n" + "\n".join(lines)
+
+
+PARTS = {
+    "status": status,
+    "figure1": figure1_part,
+    "grid": grid_part,
+    **{study: table_part(study) for study in ("table3", "table4", "table5", "table6")},
+    "figure3": figure3_part,
+    "question_a": question_a_part,
+    "question_b": question_b_part,
+    "length": length_part,
+}
+
+
+def fill(text: str, parts: dict[str, str]) -> str:
+    """text with what stands between <!-- begin NAME --> and <!-- end NAME --> replaced. BadInput where a mark is missing."""
+    for name, part in parts.items():
+        marked = re.compile(rf"(?<=<!-- begin {name} -->\n).*?(?=<!-- end {name} -->)", re.S)
+        text, n = marked.subn(part.replace("\\", r"\\") + "\n", text)
+        if n != 1:
+            raise BadInput(f"--readme: needs <!-- begin {name} --> and <!-- end {name} --> once, each on its own line")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plots
+
+
+def figure1(results: Results) -> Figure | None:
+    """Perplexity against cache, as the paper's Figure 1."""
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    ax, empty = figure.subplots(), True
+    for arm, a in FIGURE1.items():
+        ppl = [row["ppl"] for row in results.finite("figure1", arm)]
+        if not ppl:
+            continue
+        empty = False
+        color, marker = STYLE[a.model["attn"]]
+        kept = on_paper(run_for("figure1", arm, 1, 0, results.toy))[1]
+        error = statistics.stdev(ppl) if len(ppl) > 1 else 0
+        style = dict(color=color, marker=marker, markersize=12 if marker == "*" else 7, capsize=3, linestyle="none")
+        ax.errorbar([kept], [statistics.mean(ppl)], [error], **style)
+        ax.annotate(a.name, (kept, statistics.mean(ppl)), xytext=(8, 4), textcoords="offset points", fontsize=8, color=color)
+    if empty:
+        return None
+    ax.set_xscale("log", base=2)
+    low, high = ax.get_xlim()
+    ax.set_xlim(low, high * 1.6)  # the names stand to the right
+    ticks = [2**i for i in range(4, 20) if low <= 2**i <= high]
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.set(xlabel="KV cache, bytes per token at 16 bit", ylabel="validation perplexity")
+    ax.set_title("Perplexity against cache: mean and deviation over the seeds made", fontsize=11)
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def figure3(results: Results) -> Figure | None:
+    """Loss against N D with the power laws, and cache against size, as the paper's Figure 3."""
+    found = scaling(results)
+    if not any(found.values()):
+        return None
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for attn, name in ATTENTIONS:
+        color, marker = STYLE[attn]
+        if not found[attn]:
+            continue
+        nd, loss = zip(*found[attn], strict=True)
+        label = name
+        if len(nd) > 2:
+            a, b, _ = power_law(found[attn])
+            x = np.geomspace(min(nd), max(nd), 50)
+            left.plot(x, a * x**-b, color=color, linewidth=1)
+            label += f": {a:.1f} (N D)^-{b:.3f}"
+        left.plot(nd, loss, color=color, marker=marker, linestyle="none", label=label)
+        sizes = ("2m", "7m", "30m", "60m")
+        arms = [on_paper(run_for("figure3", f"{attn}_{size}", 1, 0, results.toy)) for size in sizes]
+        right.plot([p for p, _, _ in arms], [kept for _, kept, _ in arms], color=color, marker=marker, label=name)
+    left.set(xscale="log", yscale="log", xlabel="parameters x tokens", ylabel="validation loss, nats per token")
+    left.yaxis.set_major_formatter("{x:.2f}")
+    left.yaxis.set_minor_formatter("{x:.2f}")
+    right.set(xscale="log", yscale="log", xlabel="parameters", ylabel="KV cache, bytes per token at 16 bit")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    return figure
+
+
+def length(results: Results) -> Figure | None:
+    """Loss by position, for contexts of 512 and 2,048."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    ax, empty = figure.subplots(), True
+    for arm, a in LENGTH.items():
+        rows = results.finite("length", arm)
+        if not rows:
+            continue
+        empty = False
+        color, marker = STYLE[a.model["attn"]]
+        short = arm.endswith("_512")
+        starts = [start for start, _ in rows[0]["by_position"]]
+        means = np.mean([[loss for _, loss in row["by_position"]] for row in rows], axis=0)
+        style = dict(color=color, marker=marker, markersize=5, linestyle="--" if short else "-")
+        ax.plot(np.maximum(starts, 0.5), means, label=a.name, **style)
+    if empty:
+        return None
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda x, _: "0" if x < 1 else f"{x:.0f}")
+    ax.set(xlabel="position p (mean over p to 2p - 1)", ylabel="validation loss, nats per token")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return figure
+
+
+PLOTS = {"figure1": figure1, "figure3": figure3, "length": length}
+
+
+@dataclass
+class Args:
+    """Make the plots and fill the tables of experiments/README.md."""
+
+    results: Path = RESULTS
+    """What run.py wrote; the plots go beside it."""
+    readme: Path = ROOT / "experiments" / "README.md"
+    """File whose marked parts are filled."""
+    dataset: str = "pg-books"
+    """Which text's results."""
+    smoke: bool = False
+    """The results are those of run.py --smoke."""
+
+
+def main(args: Args) -> None:
+    dataset = "shakespeare-byte" if args.smoke else f"{args.dataset}-bpe{VOCAB}"
+    results = Results(read_results(args.results), dataset, args.smoke)
+    parts = {name: part(results) for name, part in PARTS.items()}
+    for name, plot in PLOTS.items():
+        path = args.results.with_name(f"{name}.png")
+        if figure := plot(results):
+            write_atomically(path, lambda f, figure=figure: figure.savefig(f, dpi=100, metadata={"Software": None}))
+            link = Path(os.path.relpath(path, args.readme.parent)).as_posix()
+            parts[name] = f"![{name}]({link})\n\n{parts[name]}"
+            print(path)
+    text = fill(args.readme.read_text(encoding="utf-8"), parts)
+    write_atomically(args.readme, lambda f: f.write(text.encode()))
+    print(f"{args.readme}: {len(results.done)} results")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

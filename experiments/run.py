@@ -1,0 +1,312 @@
+"""Trains the runs of the studies, in the order of studies.QUEUE: python experiments/run.py --study all
+
+    python experiments/run.py --study all --dry_run                  # the queue: what is made, and how long the rest takes
+    python experiments/run.py --study all --jobs 2                   # two runs side by side on one GPU
+    python experiments/run.py --study all --limit_seconds 3000       # start nothing that would not end in time
+    python experiments/run.py --study all --smoke                    # every run at toy size, a minute on a CPU
+
+Each run appends its line to the results as it ends, and one whose line is there is not made again, so the queue goes on where
+it stopped. There are no checkpoints: a run takes a minute or two. The pieces are train.py's; what is left out is what a long
+training needs. The text is pg-books, which cannot be downloaded: --source or --data_dir says where it is. Any corpus of
+prepare_data.py can take its place.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from provenance import ROOT, provenance
+from studies import RESULTS, STUDIES, VOCAB, Run, Task, build, made, queue, read_results, row_of
+from torch import Tensor
+
+from mfa import GPT, widen
+from prepare_data import DATA, BadInput, load, prepare, run_command
+from train import (
+    Train,
+    as_tensor,
+    attention_kernels,
+    batch_starts,
+    cache_bytes,
+    can_compile,
+    count_params,
+    evaluate,
+    learning_rate,
+    loss_function,
+    make_optimizer,
+    mha_of,
+    naming,
+    pick_device,
+    pick_dtype,
+    window,
+    write_atomically,
+)
+
+EVERY = 250  # steps between points of the curve, each on
+PART = 1 << 17  # validation tokens, always the first; the loss that counts is a sweep over all of them at the end
+TOY_VAL = 1025  # of which --smoke makes do with so many
+
+
+@dataclass
+class Args:
+    """Train the runs of a study, or of all, that are not in the results yet."""
+
+    study: Literal["all", *STUDIES] = "all"
+    """Which study; runs that two studies share are made once."""
+    smoke: bool = False
+    """Toy models, four steps each, on the embedded text: does everything run?"""
+    dry_run: bool = False
+    """Only print the queue."""
+    results: Path | None = None
+    """File of the results; default experiments/results/study.jsonl, and with --smoke a new out/smoke.jsonl."""
+    dataset: str = "pg-books"
+    """Corpus, with a BPE of 8,192 trained on it."""
+    source: str | None = None
+    """Folder that holds the corpus' text, if it is not prepared yet."""
+    data_dir: Path = DATA
+    """Where prepared corpora are kept."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps ..."""
+    compile: Literal["auto", "blocks", "model", "no"] = "auto"
+    """torch.compile: one block, which serves for all of them, or the whole model. auto: blocks, where it pays."""
+    jobs: int = 1
+    """Runs side by side: one compiles and evaluates while the other trains."""
+    limit_seconds: float = math.inf
+    """Start no run that is not likely to end within this time."""
+    guess_seconds: float = 60
+    """What a run at 30M is thought to take, until some were made on this device."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+@cache
+def data(folder: Path, device: torch.device) -> tuple[Tensor, Tensor, dict]:
+    train_ids, val_ids, meta = load(folder)
+    return as_tensor(train_ids, device), as_tensor(val_ids, device), meta
+
+
+def compiled_loss(model: GPT, dtype: torch.dtype, how: str) -> Callable[[Tensor], Tensor]:
+    """train.py's training loss of tokens (B, T + 1), compiled: "model" as a whole; "blocks" one block, for all; or "no"."""
+    torch.compiler.reset()  # or the models of earlier runs would count as recompilations of this one, which are limited
+    loss_of = loss_function(model, model, dtype, compile=how == "model", graphs=False)
+    if how != "blocks":
+        return loss_of
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+    @torch.compile(dynamic=False)
+    def head_loss(h: Tensor, targets: Tensor) -> Tensor:  # GPT.forward's: uncompiled, its float32 logits go through memory
+        return F.cross_entropy(widen(model.head(h).flatten(0, 1)), targets.flatten())
+
+    return lambda tokens: head_loss(model.hidden(tokens[:, :-1]), tokens[:, 1:])
+
+
+@torch.no_grad()
+def loss_by_position(model: GPT, ids: Tensor, device: torch.device, autocast) -> list[list]:
+    """What the context before a token is worth: [[p, mean loss], ...] over positions p to 2p - 1 of windows side by side."""
+    T = model.cfg.block_size
+    n_window, rows = (len(ids) - 1) // T, max(1, 16384 // T)
+    total = torch.zeros(T, device=device)
+    model.eval()
+    for first in range(0, n_window, rows):
+        tokens = window(ids, torch.arange(first, min(first + rows, n_window)) * T, T + 1, device)  # (B, T + 1)
+        with autocast():
+            logits = model(tokens[:, :-1])[0]  # (B, T, vocab_size)
+        total += F.cross_entropy(logits.float().mT, tokens[:, 1:], reduction="none").sum(0)  # (T,)
+    mean = (total / n_window).tolist()
+    edges = [0, *(1 << i for i in range(T.bit_length() - 1)), T]  # 0, 1, 2, 4, ... T / 2, T
+    return [[a, sum(mean[a:b]) / (b - a)] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = "no", val_tokens: int | None = None) -> dict:
+    """Train one model and return its line of the results, less what the queue knows. val_tokens: of the text, None: all."""
+    torch.set_float32_matmul_precision("high")
+    began = time.perf_counter()
+    device = pick_device(device_name)
+    train_ids, val_ids, meta = data(folder, device)
+    val_ids = val_ids[:val_tokens]
+    cfg, T = run.cfg, run.cfg.block_size
+    args = Train(model=cfg, batch_size=run.batch_size, max_iters=run.max_iters, learning_rate=run.lr, seed=run.seed,
+                 warmup_iters=run.max_iters // 20)  # fmt: skip
+    torch.manual_seed(run.seed)
+    model = build(run).to(device).train()
+    optimizer, dtype = make_optimizer(model, args, device), pick_dtype("auto", device)
+    loss_of = compiled_loss(model, dtype, compile if cfg.n_expert == 0 else "no")  # an expert's share is known only as it runs
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    eager = torch.compiler.set_stance("force_eager")  # for evaluation: a compilation for that alone would not pay
+    curve, step, diverged = [], 0, False
+    with attention_kernels(device):
+        while step < args.max_iters:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            tokens = window(train_ids, batch_starts(args, step, len(train_ids)), T + 1, device)  # (B, T + 1)
+            with autocast():
+                loss = loss_of(tokens)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if step % EVERY == 0 or step == args.max_iters:
+                with eager:
+                    loss = evaluate(model, val_ids[: PART + 1], device, autocast)
+                if diverged := not math.isfinite(loss):
+                    break
+                curve.append([step, loss])
+        with eager:
+            val_loss = None if diverged else evaluate(model, val_ids, device, autocast)
+            positions = [] if diverged else loss_by_position(model, val_ids, device, autocast)
+    kept = 2 * sum(heads * width for block in model.blocks for heads, width in block.attn.kept)
+    return dict(
+        attn=cfg.attn, params=sum(p.numel() for p in model.parameters()), cache_bytes=kept,
+        cache_share=kept / cache_bytes(mha_of(cfg)), tokens=step * run.batch_size * T, val_loss=val_loss,
+        best_val_loss=min((loss for _, loss in curve), default=None), ppl=None if diverged else math.exp(val_loss),
+        bpb=None if diverged else val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"],
+        seconds=round(time.perf_counter() - began, 1), curve=curve, by_position=positions, diverged=diverged,
+        compile=compile,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The queue
+
+
+def append(path: Path, row: dict) -> None:
+    """One line more, on the disk when this returns."""
+    with naming(path), open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def without_rest(path: Path) -> None:
+    """Remove the line that a kill has cut short at the end of a file."""
+    text = path.read_bytes() if path.exists() else b""
+    if text and not text.endswith(b"\n"):
+        write_atomically(path, lambda f: f.write(text[: text.rfind(b"\n") + 1]))
+
+
+def estimate(run: Run, rows: list[dict], args: Args, device: str) -> float:
+    """Seconds a run will take: in proportion to parameters times tokens, as measured here, else as guessed."""
+
+    def size(params: float, steps: int, batch_size: int, block_size: int) -> float:
+        return params * steps * batch_size * block_size
+
+    known = [
+        row["seconds"] / size(row["params"], row["steps"], row["batch_size"], row["config"]["block_size"])
+        for row in rows
+        if (row["device"], row["jobs"], row["diverged"]) == (device, args.jobs, False)
+    ]
+    each = median(known) if known else args.guess_seconds * args.jobs / size(29.9e6, 2000, 64, 512)
+    return each * size(count_params(run.cfg), run.max_iters, run.batch_size, run.cfg.block_size)
+
+
+def show(task: Task) -> str:
+    lr = "best lr" if task.run.lr is None else f"lr {task.run.lr:.2g}"
+    return f"{task.study:10} {task.arm:20} {lr:10} seed {task.run.seed}"
+
+
+def print_queue(args: Args, rows: list[dict], dataset: str, device: str) -> None:
+    done, total = made(rows, dataset), 0.0
+    for i, task in enumerate(queue(done, args.study, args.smoke), 1):
+        row, seconds = done.get(task.run), estimate(task.run, rows, args, device)
+        state = f"{seconds:5.0f} s" if row is None else "diverged" if row["diverged"] else f"loss {row['val_loss']:.4f}"
+        state += ", waits for its learning rates" if task.run.lr is None else ""
+        total += seconds * (row is None)
+        print(f"{i:4}  {show(task)}  {state}")
+    print(f"still to make: about {total / args.jobs / 60:.0f} minutes")
+
+
+@contextlib.contextmanager
+def workers(jobs: int):
+    """A function that starts work(*values) and returns its Future: in other processes, or here and now if jobs is 1."""
+
+    def here(work: Callable, *values) -> Future:
+        future = Future()
+        try:
+            future.set_result(work(*values))
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+    if jobs == 1:
+        yield here
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            yield pool.submit
+
+
+def main(args: Args) -> None:
+    began = time.perf_counter()
+    if args.jobs < 1:
+        raise BadInput(f"--jobs must be at least 1, not {args.jobs}")
+    device = pick_device(args.device)
+    path = args.results or (ROOT / "out" / "smoke.jsonl" if args.smoke else RESULTS)
+    if args.smoke and not args.results and not args.dry_run:
+        path.unlink(missing_ok=True)
+    rows, origin = read_results(path), provenance(device)
+    dataset = "shakespeare-byte" if args.smoke else f"{args.dataset}-bpe{VOCAB}"
+    if args.dry_run:
+        print_queue(args, rows, dataset, origin["device"])
+        return
+    text = dict(dataset=args.dataset, tokenizer="bpe", vocab_size=VOCAB)
+    text = dict(dataset="shakespeare", tokenizer="byte") if args.smoke else text
+    folder = prepare(**text, source=args.source, data_dir=args.data_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    without_rest(path)
+    how = args.compile if args.compile != "auto" else "blocks" if can_compile(device) else "no"
+    failed, going = set(), {}
+
+    def following() -> Task | None:
+        """The first run of the queue that is not made, can be, and fits into the time."""
+        done, busy = made(rows, dataset), failed | {task.run for task in going.values()}
+        for task in queue(done, args.study, args.smoke):
+            if task.run.lr is not None and task.run not in done and task.run not in busy:
+                if time.perf_counter() - began + estimate(task.run, rows, args, origin["device"]) <= args.limit_seconds:
+                    return task
+        return None
+
+    with workers(args.jobs) as start:
+        while True:
+            while len(going) < args.jobs and (task := following()):
+                going[start(train_run, task.run, folder, args.device, how, TOY_VAL if args.smoke else None)] = task
+            if not going:
+                break
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                task = going.pop(future)
+                try:
+                    found = future.result()
+                except Exception as e:  # out of memory, say: the others go on
+                    failed.add(task.run)
+                    print(f"{show(task)}  failed: {type(e).__name__}: {e}", flush=True)
+                    continue
+                which = dict(study=task.study, arm=task.arm, name=STUDIES[task.study][task.arm].name)
+                row = {**which, **row_of(task.run), **found, "dataset": dataset, "jobs": args.jobs, **origin}
+                rows.append(row)
+                append(path, row)
+                outcome = "diverged" if row["diverged"] else f"loss {row['val_loss']:.4f}  perplexity {row['ppl']:.2f}"
+                print(f"{show(task)}  {outcome}  {row['seconds']:.0f} s", flush=True)
+    left = sum(task.run not in made(rows, dataset) for task in queue(made(rows, dataset), args.study, args.smoke))
+    print(f"{len(rows)} results in {path}, {left} runs still to make\nnext: python experiments/plot.py")
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

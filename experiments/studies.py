@@ -1,0 +1,266 @@
+"""The studies as plain data: what is trained, in which order, and what the paper found. run.py trains, plot.py shows.
+
+The setting: 8 layers, dim 512, context 512, 29.9M parameters with tied embeddings, 2,000 steps of 64 x 512 tokens: 65.5M
+tokens, 2.2 a parameter. Long enough for a whole cosine schedule, short enough for three seeds of every claim. All models of a
+size have MHA's number of parameters, which the FFN width makes up, except in Tables 3 and 6, where the paper has one FFN for
+all. Heads are dim / 8 wide at every size, MFA has 16 heads of C = dim / 8, so its cache is 12.5% of MHA's at every size.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from hybrids import HYBRIDS, hybrid_gpt
+from torch import nn
+
+from mfa import GPT, Config
+from prepare_data import BadInput
+from train import match_params
+
+RESULTS = Path(__file__).resolve().parent / "results" / "study.jsonl"
+VOCAB = 8192  # of a BPE trained on the text
+
+# Width, depth, and tokens in proportion to the parameters (a small model gets a small batch, for the sake of steps). lr is the
+# middle of the grid, found at 30M; at other widths it goes with dim^-0.5.
+SIZES = {
+    "2M": dict(n_layer=4, dim=128, head_dim=16, rope_dim=8, ffn_dim=352, batch_size=16, max_iters=500, lr=4e-3),
+    "7M": dict(n_layer=6, dim=256, head_dim=32, rope_dim=16, ffn_dim=704, batch_size=32, max_iters=930, lr=2.8e-3),
+    "30M": dict(n_layer=8, dim=512, head_dim=64, rope_dim=32, ffn_dim=1408, batch_size=64, max_iters=2000, lr=2e-3),
+    "60M": dict(n_layer=11, dim=640, head_dim=80, rope_dim=40, ffn_dim=1760, batch_size=64, max_iters=4040, lr=1.8e-3),
+    "30M, context 2048": dict(n_layer=8, dim=512, head_dim=64, rope_dim=32, ffn_dim=1408, block_size=2048, batch_size=16,
+                              max_iters=2000, lr=2e-3),
+    # The 7M model with 8 routed experts of which 2 are visited, one shared expert, and Table 7's wide first FFN: 18M.
+    "MoE": dict(n_layer=6, dim=256, head_dim=32, rope_dim=16, ffn_dim=1408, n_expert=8, n_expert_active=2, moe_ffn_dim=352,
+                shared_ffn_dim=704, batch_size=64, max_iters=1220, lr=2.8e-3),
+}  # fmt: skip
+GRID = (0.5, 1, 2)  # peak learning rates, times the size's lr
+BEST = "best"  # the one of the grid with the lowest loss at seed 0, known once all three have been trained
+
+
+class Arm(NamedTuple):
+    """One row of a study."""
+
+    name: str
+    model: dict  # fields of Config, on top of the size's
+    paper: str = ""  # the paper's perplexity
+    size: str = "30M"
+    build: str = ""  # "": GPT(cfg); "deepseek_init"; or one of Table 6's hybrids
+    matched: bool = True  # the FFN takes what the attention saves
+
+
+MHA, GQA4, GQA2, MQA = dict(attn="mha"), dict(attn="gqa", n_kv_head=4), dict(attn="gqa", n_kv_head=2), dict(attn="mqa")
+MFA, MFA_2D = dict(attn="mfa"), dict(attn="mfa", latent_dim=128, mfa_n_head=8)
+KR, KR_2D = dict(attn="mfa_kr"), dict(attn="mfa_kr", latent_dim=128, mfa_n_head=8)
+MLA_JOINT, MLA_SEPARATE = dict(attn="mla", joint_kv=True, latent_dim=128), dict(attn="mla", latent_dim=64)
+LITE = dict(**MLA_JOINT, latent_norm=True, compress_query=False)  # DeepSeek-V2-Lite: C = H / 4, d_r = d / 2
+HYBRID = dict(attn="mla", latent_dim=64)  # Table 6: C = H / 8, d_r = d / 2
+
+# Figure 1 is a plot: the three perplexities printed in Table 4 are of the same setting, the others cannot be read off it.
+FIGURE1 = {
+    "mha": Arm("MHA", MHA, "6.41"),
+    "mfa": Arm("MFA, C = dim/8, 16 heads", MFA, "6.35"),
+    "mfa_kr": Arm("MFA-KR, C = dim/8, 16 heads", KR, "6.45"),
+    "mqa": Arm("MQA", MQA),
+    "mfa_2d": Arm("MFA, C = 2d, 8 heads", MFA_2D),
+    "gqa2": Arm("GQA, 2 KV heads", GQA2),
+    "mla_joint": Arm("MLA, joint latent of 128", MLA_JOINT),
+    "mla_deepseek": Arm("MLA as DeepSeek-V2-Lite's", LITE, build="deepseek_init"),
+    "gqa4": Arm("GQA, 4 KV heads", GQA4),
+    "mfa_kr_2d": Arm("MFA-KR, C = 2d, 8 heads", KR_2D),
+    "mla_joint_256": Arm("MLA, joint latent of 256", {**MLA_JOINT, "latent_dim": 256}),
+    "mla_separate": Arm("MLA, two latents of 64", MLA_SEPARATE),
+    "mla_separate_128": Arm("MLA, two latents of 128", {**MLA_SEPARATE, "latent_dim": 128}),
+}
+CORE = tuple(FIGURE1)[:8]
+# The paper's counts of heads: with C = dim / 8 as the head width, 8 heads make d n = H and 14 make 1.75 H.
+TABLE3 = {
+    "plain": Arm("not factored, d n = H", dict(attn="mqa", n_head=8), "6.54", matched=False),
+    "wide": Arm("not factored, d n = 1.75 H", dict(attn="mqa", n_head=14), "6.38", matched=False),
+    "factored": Arm("factored, d n = 1.75 H (MFA)", dict(**MFA, mfa_n_head=14), "6.36", matched=False),
+}
+TABLE4 = {
+    "mha": Arm("MHA", MHA, "6.41"),
+    "mfa": Arm("MFA", MFA, "6.35"),
+    "vanilla": Arm("+ vanilla key reuse", dict(**KR, key_reuse="vanilla"), "6.55"),
+    "proj": Arm("+ extra value projection", dict(**KR, key_reuse="proj"), "7.88"),
+    "residual": Arm("+ residual connection", dict(**KR, key_reuse="residual"), "6.65"),
+    "gated": Arm("+ gating = MFA-KR", KR, "6.45"),
+}
+TABLE5 = {
+    "mha": Arm("MHA, ALiBi", dict(**MHA, pos="alibi"), "6.60"),
+    "mfa_kr": Arm("MFA-KR, ALiBi", dict(**KR, pos="alibi"), "6.48"),
+    "mfa": Arm("MFA, ALiBi", dict(**MFA, pos="alibi"), "6.45"),
+}
+TABLE6 = {
+    "compressed_key": Arm("compressed key", HYBRID, "6.36", build="compressed_key", matched=False),
+    "single_key": Arm("single key", HYBRID, "6.34", build="single_key", matched=False),
+    "compressed_value": Arm("compressed value", HYBRID, "6.60", build="compressed_value", matched=False),
+    "single_value": Arm("single value", HYBRID, "6.33", build="single_value", matched=False),
+}
+FIGURE3 = {
+    f"{attn}_{size.lower()}": Arm(f"{name}, {size}", model, size=size)
+    for size, kinds in (("30M", 3), ("2M", 3), ("7M", 3), ("60M", 3), ("MoE", 2))
+    for attn, name, model in (("mha", "MHA", MHA), ("mfa", "MFA", MFA), ("mfa_kr", "MFA-KR", KR))[:kinds]
+}
+QUESTION_A = {
+    "pre": Arm("pre: unrotated keys are the values", KR),
+    "post": Arm("post: rotated keys are the values", dict(**KR, key_reuse_rope="post")),
+    "inverse": Arm("inverse: rotated, and rotated back", dict(**KR, key_reuse_rope="inverse")),
+    "none": Arm("no position embedding", dict(**KR, pos="none")),
+}
+QUESTION_B = {
+    f"{attn}_{size.lower()}_{init}": Arm(f"{name}, {size}, {text}", {**model, **widths, **std}, size=size)
+    for size in ("30M", "7M")
+    for attn, name, model in (("mha", "MHA", MHA), ("mqa", "MQA", MQA), ("mla", "MLA", MLA_JOINT), ("mfa", "MFA", MFA))
+    for widths in [dict(latent_dim=64) if (attn, size) == ("mla", "7M") else {}]
+    for init, text, std in (("scaled", "0.02 sqrt(2048 / dim)", {}), ("plain", "0.02", dict(init_std=0.02)))
+}
+LENGTH = {
+    f"{attn}_{context}": Arm(f"{name}, context {context}", model, size=size)
+    for context, size in ((512, "30M"), (2048, "30M, context 2048"))
+    for attn, name, model in (("mha", "MHA", MHA), ("mfa", "MFA", MFA), ("mfa_kr", "MFA-KR", KR))
+}
+STUDIES = dict(figure1=FIGURE1, table4=TABLE4, question_a=QUESTION_A, question_b=QUESTION_B, table3=TABLE3, table6=TABLE6,
+               table5=TABLE5, length=LENGTH, figure3=FIGURE3)  # fmt: skip
+
+# What is trained first: the arms that the claims rest on at the likeliest learning rate, then its neighbours, then the other
+# seeds at the best of the three; after them the rest, one seed first. (study, arms, learning rates, seeds)
+ROTATED = ("pre", "post", "inverse")
+REST = ("table3", "table6", "table5", "length", "figure3")
+QUEUE = [
+    ("figure1", CORE, (1,), (0,)),
+    ("table4", TABLE4, (1,), (0,)),
+    ("question_a", ROTATED, (1,), (0,)),
+    ("figure1", CORE, GRID, (0,)),
+    ("figure1", CORE, BEST, (1, 2)),
+    ("figure1", FIGURE1, GRID, (0,)),
+    ("figure1", FIGURE1, BEST, (1, 2)),
+    ("table4", TABLE4, GRID, (0,)),
+    ("table4", TABLE4, BEST, (1, 2)),
+    ("question_a", ROTATED, (0.5, 1), (0, 1, 2)),
+    ("question_a", ("none",), (1,), (0,)),
+    ("question_b", QUESTION_B, (1,), (0, 1, 2)),
+    *((study, STUDIES[study], (1,), (0,)) for study in REST),
+    *((study, STUDIES[study], (1,), (1, 2)) for study in REST),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From data to runs
+
+
+class Run(NamedTuple):
+    """All that determines a loss. Equal runs of two studies are one run, so results are looked up by it."""
+
+    cfg: Config
+    build: str
+    batch_size: int
+    max_iters: int
+    seed: int
+    lr: float | None  # None: the best, which is not known yet
+
+
+class Task(NamedTuple):
+    study: str
+    arm: str
+    run: Run
+
+
+@cache
+def settle(study: str, arm: str, toy: bool = False) -> tuple[Config, int, int, float]:
+    """An arm's config (toy: an eighth of every width, two layers), batch size, steps and middle learning rate."""
+    a = STUDIES[study][arm]
+    fields = dict(vocab_size=VOCAB, block_size=512) | SIZES[a.size] | a.model
+    batch_size, max_iters, lr = (fields.pop(name) for name in ("batch_size", "max_iters", "lr"))
+    if toy:
+        batch_size, max_iters = 2, 4
+        fields |= dict(vocab_size=257, n_layer=2, block_size=fields["block_size"] // 16)
+        fields |= {k: v // 8 for k, v in fields.items() if k.endswith("dim")}
+    cfg = Config(**fields)
+    return match_params(cfg) if a.matched and cfg.attn != "mha" else cfg, batch_size, max_iters, lr
+
+
+def run_for(study: str, arm: str, times: float | None, seed: int, toy: bool = False) -> Run:
+    """The run of an arm at `times` its middle learning rate."""
+    cfg, batch_size, max_iters, lr = settle(study, arm, toy)
+    return Run(cfg, STUDIES[study][arm].build, batch_size, max_iters, seed, times and times * lr)
+
+
+def best(study: str, arm: str, done: dict[Run, dict], toy: bool = False) -> float | None:
+    """The member of GRID at which seed 0 has the lowest loss, among those trained; None if none was."""
+    losses = {times: done[run]["val_loss"] for times in GRID if (run := run_for(study, arm, times, 0, toy)) in done}
+    finite = {times: loss for times, loss in losses.items() if loss is not None}
+    return min(finite, key=finite.get, default=None)
+
+
+def queue(done: dict[Run, dict], study: str = "all", toy: bool = False) -> Iterator[Task]:
+    """Every run of a study, or of all, once, in order. Runs at a best learning rate that is not known yet have lr None."""
+    seen = set()
+    for name, arms, rates, seeds in QUEUE:
+        if study not in ("all", name):
+            continue
+        for seed in seeds:
+            for arm in arms:
+                for times in (BEST,) if rates == BEST else rates:
+                    if times == BEST:
+                        known = all(run_for(name, arm, t, 0, toy) in done for t in GRID)
+                        times = best(name, arm, done, toy) if known else None
+                        if known and times is None:  # all three diverged
+                            continue
+                    run = run_for(name, arm, times, seed, toy)
+                    if run not in seen:
+                        seen.add(run)
+                        yield Task(name, arm, run)
+
+
+def build(run: Run) -> GPT:
+    """The model of a run, initialised from torch's generator."""
+    if run.build in HYBRIDS:
+        return hybrid_gpt(run.build, run.cfg)
+    model = GPT(run.cfg)
+    if run.build == "deepseek_init":
+        # DeepSeek-V2, Section 3.1.2: all parameters normal with std 0.006, output projections too. The MFA paper takes that at
+        # H = 2048; here it goes with the width as our own 0.02 does, and the embedding keeps 0.006, as ours keeps 0.02.
+        for p in model.parameters():
+            if p.dim() >= 2:
+                nn.init.normal_(p, std=0.006 * (2048 / run.cfg.dim) ** 0.5)
+        nn.init.normal_(model.embed.weight, std=0.006)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results: one line of JSON a run
+
+
+def run_of(row: dict) -> Run:
+    """The run that a line of the results is of."""
+    cfg = Config(**row["config"])
+    return Run(cfg, row["build"], row["batch_size"], row["steps"], row["seed"], row["lr"])
+
+
+def row_of(run: Run) -> dict:
+    """What run_of reads."""
+    recipe = dict(batch_size=run.batch_size, steps=run.max_iters, seed=run.seed, lr=run.lr)
+    return dict(config=asdict(run.cfg), build=run.build, **recipe)
+
+
+def read_results(path: Path) -> list[dict]:
+    """The whole lines of a results file; what a kill has cut short is left out. BadInput for a damaged one."""
+    if not path.exists():
+        return []
+    rows = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+            run_of(rows[-1])
+        except (ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"--results {path}: line {i} is not a result of run.py ({e}); mend or remove it") from e
+    return rows
+
+
+def made(rows: list[dict], dataset: str) -> dict[Run, dict]:
+    """The results on one text, by run."""
+    return {run_of(row): row for row in rows if row["dataset"] == dataset}
