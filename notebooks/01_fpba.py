@@ -87,6 +87,9 @@ same, pair, before = torch.zeros(3, 9, 9)
 same[:3, :3] = torch.eye(3)
 pair[0, 1] = 1
 before[3:, 3:] = torch.eye(6).roll(1, dims=0).tril()  # row i, column i - 1
+assert (state @ before @ state.T).nonzero().tolist() == [[i, i - 1] for i in range(1, 6)]
+
+# %%
 fig, axes = plt.subplots(1, 3, figsize=(8.4, 3.0), sharey=True)
 for ax, (name, w) in zip(axes, {"same word": same, "word 0 → word 1": pair, "one before": before}.items(), strict=True):
     ax.imshow(state @ w @ state.T, cmap="Blues", vmin=0, vmax=1.4)
@@ -96,7 +99,7 @@ for ax, (name, w) in zip(axes, {"same word": same, "word 0 → word 1": pair, "o
     ax.set_xlabel("looked-at token $j$")
     ax.grid(False)
 axes[0].set(ylabel="looking token $i$", yticklabels=labels)
-assert (state @ before @ state.T).nonzero().tolist() == [[i, i - 1] for i in range(1, 6)]
+plt.show()
 
 # %% [markdown]
 # Dark squares have score 1. The matrix does not have to be symmetric: token 0 asks for word 1, and word 1 does not ask back.
@@ -278,17 +281,19 @@ close("decoding from cached states", torch.stack(rows), eq1(x, W, U))
 
 # %%
 kept = {attn: ATTENTION[attn].counts(preset("paper-1b", attn)).kv_cache for attn in ATTENTION}
-names = [*(NAME[a] for a in kept), "the state"]
+styles = {NAME[attn]: (nb.MARKER[attn], COLOR[attn]) for attn in kept} | {"the state": ("*", "0.5")}
 fig, ax = plt.subplots(figsize=(6.4, 3.2))
-bars = ax.barh(names, [*kept.values(), 2048], color=[*(COLOR[a] for a in kept), "0.6"])
-ax.bar_label(bars, labels=[f"{v:,}" for v in (*kept.values(), 2048)], padding=3, fontsize=9)
-ax.set(xscale="log", xlim=(100, 4e7), xlabel="elements cached per token and layer", title="The paper's 1B shape, $H = 2048$")
+for (name, (marker, color)), elements in zip(styles.items(), [*kept.values(), 2048], strict=True):
+    ax.plot(elements, name, marker, color=color, markersize=9)
+    ax.annotate(f"{elements:,}", (elements, name), (9, -4), textcoords="offset points", fontsize=9)
+ax.set(xscale="log", xlim=(100, 2e8), xlabel="elements cached per token and layer", title="The paper's 1B shape, $H = 2048$")
 ax.invert_yaxis()
 plt.show()
 assert kept["fpba"] == 2 * 2048**2 and kept["mha"] == 2 * 2048 > 2048 > kept["mla"]
 
 # %% [markdown]
-# Note the scale: it is logarithmic. Caching the state (grey) is half of MHA's cache, which is why the question is fair.
+# Note the scale: it is logarithmic, and each grid line is ten times the one before. Caching the state (the star) is half of
+# MHA's cache, which is why the question is fair.
 #
 # ## Exercises
 #

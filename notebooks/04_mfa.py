@@ -171,9 +171,9 @@ for attn, width in dict(mha=128, mqa=256, mfa=256).items():
     left.plot([n * width for n in heads], [p / 1e6 for p in params], label=f"{NAME[attn]}, heads of {width}", **style)
     right.plot([n * width for n in heads], elements, **style | dict(markersize=8 if attn == "mqa" else 4))
 left.axhline(4 * big_H**2 / 1e6, color="gray", linestyle=":", label="MHA at $n d = H$")
-left.set(xlabel="heads × rank of each", ylabel="parameters of one layer, millions", ylim=(0, 52), xlim=(0, 8200))
-right.set(xlabel="heads × rank of each", ylabel="cache elements per token, one layer", xlim=(0, 8200), ylim=(0, None))
-right.text(8000, 800, "MQA and MFA: always 512", fontsize=9, ha="right")
+left.set(xlabel="heads × rank of each", ylabel="parameters of one layer, millions", ylim=(0, 52), xlim=(0, 8500))
+right.set(xlabel="heads × rank of each", ylabel="cache elements per token, one layer", xlim=(0, 8500), ylim=(0, None))
+right.text(8300, 950, "MQA and MFA: always 512", fontsize=9, ha="right")
 left.legend(fontsize=9)
 plt.show()
 
@@ -296,10 +296,10 @@ close("containment.mqa_to_mfa", containment.mqa_to_mfa(other)(x), other(x))
 # %%
 fig, ax = plt.subplots()
 ax.plot(list(error), list(error.values()), color=COLOR["mfa"], marker=nb.MARKER["mfa"], markersize=4)
-for r, y, text in ((C, 0.03, "$r = C$: the paper's MFA"), (H, 0.15, "$r = H$: any MQA")):
+for r, y, text in ((C, 0.1, "$r = C$: the paper's MFA"), (H, 0.4, "$r = H$: any MQA")):
     ax.axvline(r, color="gray", linestyle=":")
-    ax.text(r - 0.3, y, text, rotation=90, ha="right", va="bottom", fontsize=9)
-ax.set(ylim=(0, 0.36), xlabel="query rank r of the MFA", ylabel="relative error of the output")
+    ax.text(r - 0.3, y, text, rotation=90, ha="right", va="bottom", fontsize=9, transform=ax.get_xaxis_transform())
+ax.set(ylim=(0, None), xlabel="query rank r of the MFA", ylabel="relative error of the output")
 ax.set_title("A random MQA, written as an MFA")
 plt.show()
 

@@ -43,9 +43,7 @@ from mfa import ATTENTION, GPT, Config, KVCache
 
 cfg = Config(attn="mfa_kr", dim=32, n_head=4, latent_dim=8, pos="none")
 H, m, C, T = cfg.dim, cfg.heads, cfg.latent, 10
-x = torch.randn(1, T, H)
-
-kr = ATTENTION["mfa_kr"](cfg)
+x, kr = torch.randn(1, T, H), ATTENTION["mfa_kr"](cfg)
 kr.alpha.copy_(torch.randn(C))  # an open gate: in a new layer alpha is zero
 
 
@@ -192,7 +190,8 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.3))
 d_alpha, d_n, size = zip(*seen, strict=True)
 left.semilogy(d_alpha, color="#0072B2", marker="o", markersize=4, label="gradient of $\\alpha$")
 left.semilogy(range(1, 20), d_n[1:], color="#D55E00", marker="^", markersize=4, label="gradient of $N$ (zero at step 0)")
-left.set(xlabel="step", ylabel="norm", xticks=range(0, 20, 4), ylim=(3e-5, 2e-1))
+left.set(xlabel="step", ylabel="norm", xticks=range(0, 20, 4))
+left.margins(y=0.3)  # room for the legend
 left.legend(fontsize=9)
 right.plot(size, color="#009E73", marker="X")
 right.set(xlabel="step", ylabel="largest entry of $|\\alpha|$", xticks=range(0, 20, 4), ylim=(0, None))

@@ -26,6 +26,7 @@ NAME = dict(fpba="FPBA", mha="MHA", gqa="GQA", mqa="MQA", mla="MLA", mfa="MFA", 
 
 STYLE = {
     "figure.figsize": (6.4, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "figure.facecolor": "white",
+    "figure.constrained_layout.wspace": 0.05, "xtick.minor.size": 0,
     "font.size": 10, "axes.titlesize": 11, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
 }  # fmt: skip
