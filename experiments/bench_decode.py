@@ -59,7 +59,7 @@ class Args:
     """cuda or cpu."""
     results: Path = RESULTS
     """JSON that is read, completed and written; the pictures go beside it."""
-    seconds: float = 400
+    seconds: float = 330
     """No cell of the grid begins after this many seconds."""
     steps: int = 30
     """Measured steps a cell."""
@@ -526,7 +526,8 @@ def table(bench: Bench) -> None:
     cell = dict(model="paper-1b", batch=batch, context=context)
     found = {v: quickest(bench.rows, **cell, attn=v[0], mode=v[1], engine="ours") for v in VARIANTS}
     most = {(r["attn"], r["mode"]): r["batch"] for r in bench.largest if "batch" in r}
-    print(f"\nbatch {batch} at {context} tokens{'':14} ms    floor  share   tokens/s  cache = counts  largest batch")
+    if any(found.values()):
+        print(f"\nbatch {batch} at {context} tokens{'':10} ms    floor  share   tokens/s  cache = counts  largest batch")
     for variant, row in found.items():
         if row:
             same = "yes" if row["cache_bytes"] == row["counts_bytes"] else "NO"
@@ -570,6 +571,7 @@ def plot(bench: Bench) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     rows = [r for r in bench.rows if r["model"] == "paper-1b" and "ms" in r]
     shown = [v for v in NAMES if any((r["attn"], r["mode"]) == v for r in rows)]
@@ -579,7 +581,7 @@ def plot(bench: Bench) -> None:
         run = bench.runs[rows[0]["run"]]
         bandwidth, device = run.get("bandwidth", bandwidth), run["device"]
         batches = [b for b in (1, 32) if any(r["batch"] == b for r in rows)] or sorted({r["batch"] for r in rows})[:2]
-        figure, axes = plt.subplots(1, len(batches), figsize=(5.6 * len(batches), 4.6), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(1, len(batches), figsize=(5 * len(batches) + 2, 4.4), squeeze=False, layout="constrained")
         for axis, batch in zip(axes[0], batches, strict=True):
             contexts = sorted({r["context"] for r in rows if r["batch"] == batch})
             for variant in shown:
@@ -594,9 +596,11 @@ def plot(bench: Bench) -> None:
                     axis.plot(row["context"], row["tokens_per_s"], marker, ms=9, mew=2, color=colours[attn, ""], label=name)
             axis.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="tokens per second", title=f"batch {batch}")
             axis.set_xticks(contexts, [f"{c // 1024}k" if c >= 1024 else str(c) for c in contexts], minor=False)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:,.0f}")
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-        axes[0][-1].legend(fontsize=8)
+        figure.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         figure.suptitle(f"Decoding, paper-1b in bf16, {device}, copy bandwidth {bandwidth / 1e12:.2f} TB/s", fontsize=10)
         figure.savefig(bench.args.results.with_name("decode_tokens.png"), dpi=130)
         plt.close(figure)
