@@ -459,22 +459,18 @@ def find_files(dataset: str, file: str | None, source: str | None, data_dir: Pat
 def find_file(dataset: str, wanted: File, source: str | None, data_dir: Path) -> Path:
     """A file of a corpus: in --source, else in <data_dir>/raw/<dataset> (embedded: in data), else downloaded to there."""
     files = CORPORA[dataset].files
-    names = ", ".join(file.name for file in files) + " (or .xz, .gz, .zip of it)"
+    needed = "the folder that holds " + ", ".join(file.name for file in files) + " (or .xz, .gz, .zip of it)"
     folder = Path(source) if source is not None else DATA if dataset == "shakespeare" else data_dir / "raw" / dataset
-    if source is not None and not folder.is_dir():
-        if not folder.is_file():
-            raise BadInput(f"--source {source}: there is no such file or folder")
-        if len(files) > 1:
-            raise BadInput(f"--source {source}: is one file; give the folder that holds {names}")
+    if folder.is_file() and len(files) == 1:  # --source may be the file itself
         return folder
     for name in (wanted.name, wanted.url.rpartition("/")[2] or wanted.name):
         for ending in ("", ".xz", ".gz", ".zip"):
             if (folder / (name + ending)).is_file():
                 return folder / (name + ending)
     if source is not None:
-        raise BadInput(f"--source {source}: has no {wanted.name}; {dataset} needs {names}")
+        raise BadInput(f"--source {source}: there is no {wanted.name} in it; give {needed}")
     if not wanted.url:
-        raise BadInput(f"--dataset {dataset}: cannot be downloaded; give --source with the folder that holds {names}")
+        raise BadInput(f"--dataset {dataset}: cannot be downloaded; give --source with {needed}")
     return download(dataset, wanted, folder)
 
 
@@ -730,31 +726,30 @@ def install(temporary: Path, folder: Path, backup: Path) -> None:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json, checked, and the sizes of the two .bin files against it. BadInput says what is wrong with which."""
+
+    def need(ok: bool, name: str, what: str) -> None:
+        if not ok:
+            raise BadInput(f"{folder / name}: {what}; {AGAIN}")
+
     if not folder.is_dir():
         raise BadInput(f"{folder}: there is no such folder; make it with python prepare_data.py")
     for name in sorted(FILES):
-        if not (folder / name).is_file():
-            raise BadInput(f"{folder / name}: is missing; {AGAIN}")
-    path = folder / "meta.json"
+        need((folder / name).is_file(), name, "is missing")
     try:
-        meta = json.loads(path.read_bytes().decode("utf-8"))
+        meta = json.loads((folder / "meta.json").read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as e:
-        raise BadInput(f"{path}: is not JSON in UTF-8 ({e}); {AGAIN}") from None
+        raise BadInput(f"{folder / 'meta.json'}: is not JSON in UTF-8 ({e}); {AGAIN}") from None
     version = meta.get("version") if isinstance(meta, dict) else None
-    if version != VERSION:
-        raise BadInput(f"{path}: is of version {version!r}, not {VERSION}; {AGAIN}")
+    need(version == VERSION, "meta.json", f"is of version {version!r}, not {VERSION}")
     for key, kind in META.items():
-        if type(meta.get(key)) is not kind or kind is int and meta[key] < 1:
-            raise BadInput(f"{path}: {key!r} is missing or no {'positive ' * (kind is int)}{kind.__name__}; {AGAIN}")
+        good = type(meta.get(key)) is kind and (kind is not int or meta[key] > 0)
+        need(good, "meta.json", f"{key!r} is missing or no {'positive ' * (kind is int)}{kind.__name__}")
     dtype = id_dtype(meta["vocab_size"])
-    if meta["dtype"] != dtype.name:
-        raise BadInput(f"{path}: dtype is {meta['dtype']!r}, but {meta['vocab_size']} tokens need {dtype}; {AGAIN}")
+    need(meta["dtype"] == dtype.name, "meta.json", f"dtype is {meta['dtype']!r}, but {meta['vocab_size']} tokens need {dtype}")
     for split in ("train", "val"):
-        path, tokens = folder / f"{split}.bin", meta[f"{split}_tokens"]
-        size = path.stat().st_size
-        if size != tokens * dtype.itemsize or not size:
-            expected = f"{tokens:,} tokens of {dtype.itemsize} bytes"
-            raise BadInput(f"{path}: has {size:,} bytes where meta.json says {expected}: it is damaged; {AGAIN}")
+        size, tokens = (folder / f"{split}.bin").stat().st_size, meta[f"{split}_tokens"]
+        expected = f"{tokens:,} tokens of {dtype.itemsize} bytes"
+        need(size == tokens * dtype.itemsize, f"{split}.bin", f"is damaged: meta.json says {expected}, it has {size:,} bytes")
     return meta
 
 

@@ -178,9 +178,9 @@ TABLE = {
     "contexts of nothing": (nothing, "prepare_data.py --context 0", "--context 0: must be 1 or more"),
     "not a number": (nothing, "prepare_data.py --context many", "--context", "'many'"),
     "no source": (nothing, "prepare_data.py --dataset pg-books", "pg-books: cannot be downloaded; give --source", "val.txt"),
-    "no such source": (nothing, "prepare_data.py --dataset pg-books --source a", "--source a: there is no such file"),
-    "one file for three": (nothing, "prepare_data.py --dataset pg-books --source play.txt", "give the folder that holds"),
-    "source without the text": (nothing, "prepare_data.py --dataset wikitext-2 --source .", "--source .: has no train.txt"),
+    "no such source": (nothing, "prepare_data.py --dataset pg-books --source a", "--source a: there is no train-0.txt in it; give the folder that holds"),
+    "one file for three": (nothing, "prepare_data.py --dataset pg-books --source play.txt", "give the folder that holds train-0.txt, train-1.txt"),
+    "source without the text": (nothing, "prepare_data.py --dataset wikitext-2 --source .", "--source .: there is no train.txt in it"),
     "another text": (
         nothing, "prepare_data.py --dataset tinyshakespeare --source play.txt",
         "play.txt: is not the tinyshakespeare.txt of this corpus; for a text of your own use --file",
@@ -269,9 +269,9 @@ def test_a_command_answers_in_one_line_and_leaves_nothing_half_written(what, pla
 DAMAGED = {
     "no train.bin": (lambda: (DATA / "train.bin").unlink(), "train.bin: is missing"),
     "no val.bin": (lambda: (DATA / "val.bin").unlink(), "val.bin: is missing"),
-    "train.bin truncated": (cut("train.bin", 1700), "train.bin: has 1,700 bytes where meta.json says 18,000 tokens of 2 bytes"),
-    "train.bin of odd length": (cut("train.bin", 35_999), "train.bin: has 35,999 bytes"),
-    "train.bin empty": (cut("train.bin", 0), "train.bin: has 0 bytes"),
+    "train.bin truncated": (cut("train.bin", 1700), "train.bin: is damaged: meta.json says 18,000 tokens of 2 bytes, it has 1,700"),
+    "train.bin of odd length": (cut("train.bin", 35_999), "train.bin: is damaged: meta.json says 18,000 tokens of 2 bytes, it has 35,999"),
+    "train.bin empty": (cut("train.bin", 0), "train.bin: is damaged: meta.json says 18,000 tokens of 2 bytes, it has 0"),
     "an id beyond the vocabulary": (
         write({DATA / "val.bin": b"\x3a\0" * 2000}), "val.bin: holds the id 58, but the vocabulary ends at 57",
     ),

@@ -398,7 +398,7 @@ def test_a_damaged_data_set_is_refused_and_with_overwrite_made_again_from_its_so
     whole = content(folder)
     (folder / "train.bin").write_bytes(whole["train.bin"][:6])
     damaged = content(folder)
-    with pytest.raises(BadInput, match=r"train.bin: has 6 bytes where .* it is damaged; make it again: .* --overwrite"):
+    with pytest.raises(BadInput, match=r"train.bin: is damaged: .*, it has 6 bytes; make it again: .* --overwrite"):
         prepare("pg-books", source=source, tokenizer="byte", data_dir=tmp_path)
     with pytest.raises(BadInput, match="give --source with the folder that holds train-0.txt"):
         prepare("pg-books", tokenizer="byte", data_dir=tmp_path, overwrite=True)
