@@ -173,10 +173,13 @@ def table_part(study: str):
 
 
 def question_a_part(results: Results) -> str:
+    planned, both = {task.run for task in queue({}, "question_a", results.toy)}, (0.5, 1)
     body = []
     for arm, a in QUESTION_A.items():
-        body.append([a.name, *(outcome(results.of("question_a", arm, times)) for times in (0.5, 1))])
-    rates = [f"{run_for('question_a', 'pre', times, 0, results.toy).lr:.2g}" for times in (0.5, 1)]
+        wanted = [run_for("question_a", arm, times, 0, results.toy) in planned for times in both]
+        cells = [outcome(results.of("question_a", arm, times)) for times in both]
+        body.append([a.name, *(cell if want else "–" for want, cell in zip(wanted, cells, strict=True))])
+    rates = [f"{run_for('question_a', 'pre', times, 0, results.toy).lr:.2g}" for times in both]
     return table(["perplexity, peak lr", *rates], body)
 
 
@@ -270,29 +273,27 @@ def fill(text: str, parts: dict[str, str]) -> str:
 
 def figure1(results: Results) -> Figure | None:
     """Perplexity against cache, as the paper's Figure 1."""
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    ax, empty = figure.subplots(), True
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    ax, drawn = figure.subplots(), []
     for arm, a in FIGURE1.items():
         ppl = [row["ppl"] for row in results.finite("figure1", arm)]
-        if not ppl:
-            continue
-        empty = False
-        color, marker = STYLE[a.model["attn"]]
-        kept = on_paper(run_for("figure1", arm, 1, 0, results.toy))[1]
-        error = statistics.stdev(ppl) if len(ppl) > 1 else 0
-        style = dict(color=color, marker=marker, markersize=12 if marker == "*" else 7, capsize=3, linestyle="none")
-        ax.errorbar([kept], [statistics.mean(ppl)], [error], **style)
-        ax.annotate(a.name, (kept, statistics.mean(ppl)), xytext=(8, 4), textcoords="offset points", fontsize=8, color=color)
-    if empty:
+        if ppl:
+            color, _ = STYLE[a.model["attn"]]
+            same = sum(c == color for c in drawn)  # arms of this attention so far
+            drawn.append(color)
+            kept = on_paper(run_for("figure1", arm, 1, 0, results.toy))[1]
+            error = statistics.stdev(ppl) if len(ppl) > 1 else 0
+            look = dict(color=color, marker="osD^v"[same], markersize=8, capsize=3, linestyle="none", alpha=0.8)
+            ax.errorbar([kept], [statistics.mean(ppl)], [error], label=f"{a.name} ({len(ppl)})", **look)
+    if not drawn:
         return None
     ax.set_xscale("log", base=2)
     low, high = ax.get_xlim()
-    ax.set_xlim(low, high * 1.6)  # the names stand to the right
     ticks = [2**i for i in range(4, 20) if low <= 2**i <= high]
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     ax.set(xlabel="KV cache, bytes per token at 16 bit", ylabel="validation perplexity")
-    ax.set_title("Perplexity against cache: mean and deviation over the seeds made", fontsize=11)
     ax.grid(alpha=0.3)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8, title="(seeds)")
     return figure
 
 
@@ -322,6 +323,7 @@ def figure3(results: Results) -> Figure | None:
     left.yaxis.set_major_formatter("{x:.2f}")
     left.yaxis.set_minor_formatter("{x:.2f}")
     right.set(xscale="log", yscale="log", xlabel="parameters", ylabel="KV cache, bytes per token at 16 bit")
+    right.xaxis.set_minor_formatter("")
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
@@ -329,27 +331,37 @@ def figure3(results: Results) -> Figure | None:
 
 
 def length(results: Results) -> Figure | None:
-    """Loss by position, for contexts of 512 and 2,048."""
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    ax, empty = figure.subplots(), True
-    for arm, a in LENGTH.items():
+    """Loss by position for contexts of 512 and 2,048, and how far it is from MHA's."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    losses = {}  # (attention, context) -> {first position of a bin: mean loss over the seeds}
+    for arm in LENGTH:
+        attn, _, context = arm.rpartition("_")
         rows = results.finite("length", arm)
-        if not rows:
-            continue
-        empty = False
-        color, marker = STYLE[a.model["attn"]]
-        short = arm.endswith("_512")
-        starts = [start for start, _ in rows[0]["by_position"]]
-        means = np.mean([[loss for _, loss in row["by_position"]] for row in rows], axis=0)
-        style = dict(color=color, marker=marker, markersize=5, linestyle="--" if short else "-")
-        ax.plot(np.maximum(starts, 0.5), means, label=a.name, **style)
-    if empty:
+        means = np.mean([[loss for _, loss in row["by_position"]] for row in rows], axis=0) if rows else []
+        losses[attn, context] = {p: loss for (p, _), loss in zip(rows[0]["by_position"], means, strict=True)} if rows else {}
+    if not any(losses.values()):
         return None
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(lambda x, _: "0" if x < 1 else f"{x:.0f}")
-    ax.set(xlabel="position p (mean over p to 2p - 1)", ylabel="validation loss, nats per token")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    for attn, name in ATTENTIONS:
+        for context, line in (("512", "--"), ("2048", "-")):
+            by, mha = losses[attn, context], losses["mha", context]
+            style = dict(
+                color=STYLE[attn][0], marker=STYLE[attn][1], markersize=5, linestyle=line, label=f"{name}, context {context}"
+            )
+            if by:
+                left.plot([max(p, 0.5) for p in by], by.values(), **style)
+            if by and mha and attn != "mha":
+                right.plot([max(p, 0.5) for p in by], [by[p] - mha[p] for p in by], **style)
+    left.set_ylabel("validation loss, nats per token")
+    right.set_ylabel("less MHA's at the same context")
+    right.axhline(0, color="black", linewidth=0.8)
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
+        ax.set_xlabel("position p (mean over p to 2p - 1)")
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize=8)
     return figure
 
 

@@ -149,7 +149,9 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    eager = torch.compiler.set_stance("force_eager")  # for evaluation: a compilation for that alone would not pay
+    def eagerly():  # for evaluation: a compilation for that alone would not pay
+        return torch.compiler.set_stance("force_eager")
+
     curve, step, diverged = [], 0, False
     with attention_kernels(device):
         while step < args.max_iters:
@@ -164,12 +166,12 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if step % EVERY == 0 or step == args.max_iters:
-                with eager:
+                with eagerly():
                     loss = evaluate(model, val_ids[: PART + 1], device, autocast)
                 if diverged := not math.isfinite(loss):
                     break
                 curve.append([step, loss])
-        with eager:
+        with eagerly():
             val_loss = None if diverged else evaluate(model, val_ids, device, autocast)
             positions = [] if diverged else loss_by_position(model, val_ids, device, autocast)
     kept = 2 * sum(heads * width for block in model.blocks for heads, width in block.attn.kept)
@@ -254,8 +256,9 @@ def workers(jobs: int):
 
 def main(args: Args) -> None:
     began = time.perf_counter()
-    if args.jobs < 1:
-        raise BadInput(f"--jobs must be at least 1, not {args.jobs}")
+    for name in ("jobs", "limit_seconds", "guess_seconds"):
+        if not getattr(args, name) > 0:
+            raise BadInput(f"--{name} must be positive, not {getattr(args, name)}")
     device = pick_device(args.device)
     path = args.results or (ROOT / "out" / "smoke.jsonl" if args.smoke else RESULTS)
     if args.smoke and not args.results and not args.dry_run:

@@ -27,7 +27,7 @@ VOCAB = 8192  # of a BPE trained on the text
 # middle of the grid, found at 30M; at other widths it goes with dim^-0.5.
 SIZES = {
     "2M": dict(n_layer=4, dim=128, head_dim=16, rope_dim=8, ffn_dim=352, batch_size=16, max_iters=500, lr=4e-3),
-    "7M": dict(n_layer=6, dim=256, head_dim=32, rope_dim=16, ffn_dim=704, batch_size=32, max_iters=930, lr=2.8e-3),
+    "7M": dict(n_layer=6, dim=256, head_dim=32, rope_dim=16, ffn_dim=728, batch_size=32, max_iters=940, lr=2.8e-3),
     "30M": dict(n_layer=8, dim=512, head_dim=64, rope_dim=32, ffn_dim=1408, batch_size=64, max_iters=2000, lr=2e-3),
     "60M": dict(n_layer=11, dim=640, head_dim=80, rope_dim=40, ffn_dim=1760, batch_size=64, max_iters=4040, lr=1.8e-3),
     "30M, context 2048": dict(n_layer=8, dim=512, head_dim=64, rope_dim=32, ffn_dim=1408, block_size=2048, batch_size=16,

@@ -1,0 +1,297 @@
+"""The study: its configs are what they claim to be, its queue goes on where it stopped, its tables say what the results say."""
+
+import json
+import math
+import shutil
+
+import plot
+import pytest
+import run
+import studies
+import torch
+from runs import ROOT, command
+from studies import CORE, FIGURE1, GRID, STUDIES, Run, best, made, queue, read_results, run_for, run_of
+from torch import nn
+
+from mfa import Config
+from prepare_data import BadInput, prepare
+from train import count_params, evaluate
+
+EVERYTHING = [(study, arm) for study, arms in STUDIES.items() for arm in arms]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The configs
+
+
+@pytest.mark.parametrize(("study", "arm"), EVERYTHING)
+def test_equal_parameters(study, arm):
+    a, cfg = STUDIES[study][arm], run_for(study, arm, 1, 0).cfg
+    size = {k: v for k, v in studies.SIZES[a.size].items() if k in Config.__dataclass_fields__}
+    if a.matched:
+        assert abs(count_params(cfg) / count_params(Config(attn="mha", vocab_size=studies.VOCAB, **size)) - 1) < 0.005
+    else:
+        assert cfg.ffn_dim == size["ffn_dim"]
+
+
+def test_cache_of_figure1():
+    """Of MHA's: the comparisons that the claims rest on are at these sizes."""
+    share = {arm: plot.on_paper(run_for("figure1", arm, 1, 0))[2] for arm in FIGURE1}
+    assert share["mha"] == 1 and share["mfa"] == share["mqa"] == share["mfa_kr_2d"] == 0.125
+    assert share["mfa_kr"] == 0.0625 and share["mfa_2d"] == share["gqa2"] == 0.25 and share["gqa4"] == 0.5
+    assert share["mla_joint"] == share["mla_separate"] == share["mla_deepseek"] == 160 / 1024
+    assert share["mla_joint_256"] == share["mla_separate_128"] == 288 / 1024
+
+
+def test_tokens():
+    runs = {size: run_for("figure3", f"mha_{size.lower()}", 1, 0) for size in ("2M", "7M", "30M", "60M", "MoE")}
+    per_parameter = [r.max_iters * r.batch_size * r.cfg.block_size / count_params(r.cfg) for r in runs.values()]
+    assert max(per_parameter) / min(per_parameter) < 1.02
+    for arm in STUDIES["length"]:
+        r = run_for("length", arm, 1, 0)
+        assert r.max_iters * r.batch_size * r.cfg.block_size == 65_536_000
+
+
+def test_table3_adds_what_the_paper_adds():
+    plain, wide, factored = (count_params(run_for("table3", arm, 1, 0).cfg) for arm in ("plain", "wide", "factored"))
+    H, C = 512, 64
+    assert wide - plain == 8 * 2 * 6 * C * H  # 8 layers, Q and O of 6 more heads
+    assert factored - plain == 8 * (6 * C * H + H * C + 14 * C * C - 8 * C * H)  # O; S_q and Q instead of Q
+
+
+def test_deepseek_init():
+    torch.manual_seed(0)
+    model = studies.build(run_for("figure1", "mla_deepseek", 1, 0))
+    assert model.embed.weight.std().item() == pytest.approx(0.006, rel=0.01)
+    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
+    assert all(w.std().item() == pytest.approx(0.012, rel=0.03) for w in matrices)  # output projections too
+    assert all(torch.equal(m.weight, torch.ones_like(m.weight)) for m in model.modules() if isinstance(m, nn.RMSNorm))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The queue
+
+
+def row(task: studies.Task, loss: float | None) -> dict:
+    """A line of results as the queue reads it. Its loss is none that was measured."""
+    text = dict(dataset=f"pg-books-bpe{studies.VOCAB}", seconds=60, device="x", jobs=1, params=1, tokens=1, by_position=[])
+    known = dict(val_loss=loss, ppl=loss and math.exp(loss), bpb=loss, diverged=loss is None)
+    return {"study": task.study, "arm": task.arm, **studies.row_of(task.run), **text, **known}
+
+
+def test_queue():
+    tasks = list(queue({}))
+    assert len({task.run for task in tasks}) == len(tasks)
+    assert {task.study for task in tasks} == set(STUDIES)
+    assert [task.arm for task in tasks[:8]] == list(CORE)
+    assert {(task.run.lr, task.run.seed) for task in tasks[:8]} == {(2e-3, 0)}
+    planned = {task.run for task in tasks}
+    for study, arm in EVERYTHING:
+        assert run_for(study, arm, 1, 0) in planned
+    seeds = {arm: {t.run.seed for t in queue({}, "figure1") if t.arm == arm} for arm in FIGURE1}
+    assert all(found == {0, 1, 2} for found in seeds.values())
+
+
+def test_studies_share_runs():
+    mha = run_for("figure1", "mha", 1, 0)
+    assert all(run_for(*at, 1, 0) == mha for at in (("table4", "mha"), ("length", "mha_512"), ("figure3", "mha_30m")))
+    assert run_for("question_a", "pre", 1, 0) == run_for("table4", "gated", 1, 0) == run_for("figure1", "mfa_kr", 1, 0)
+    assert run_for("question_a", "post", 1, 0) != run_for("question_a", "pre", 1, 0)
+
+
+def test_other_seeds_wait_for_the_best_learning_rate():
+    done = {}
+    for times, loss in zip(GRID, (3.7, None, 3.6), strict=True):
+        assert {task.run.lr for task in queue(done, "figure1") if task.arm == "mfa" and task.run.seed} == {None}
+        task = studies.Task("figure1", "mfa", run_for("figure1", "mfa", times, 0))
+        done |= made([row(task, loss)], f"pg-books-bpe{studies.VOCAB}")
+    assert best("figure1", "mfa", done) == 2
+    waiting = [task.run for task in queue(done, "figure1") if task.arm == "mfa" and task.run.seed]
+    assert [(r.lr, r.seed) for r in waiting] == [(4e-3, 1), (4e-3, 2)]
+
+
+def test_results_say_which_run_they_are_of():
+    for task in queue({}):
+        assert run_of(json.loads(json.dumps(studies.row_of(task.run)))) == task.run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return prepare("shakespeare", tokenizer="byte", data_dir=tmp_path_factory.mktemp("data"))
+
+
+def toy(arm: str = "mfa_kr", **changes) -> Run:
+    return run_for("figure1", arm, 1, 0, toy=True)._replace(**changes)
+
+
+def test_divergence_is_a_result(folder):
+    found = run.train_run(toy(lr=1e20), folder, "cpu", val_tokens=1025)
+    assert found["diverged"] and found["val_loss"] is None and found["by_position"] == []
+    json.dumps(found, allow_nan=False)
+
+
+def test_loss_by_position(folder):
+    model = studies.build(toy())
+    T, device = model.cfg.block_size, torch.device("cpu")
+    _, ids, _ = run.data(folder, device)
+    ids = ids[: 20 * T + 1]
+    positions = run.loss_by_position(model, ids, device, torch.no_grad)
+    assert [p for p, _ in positions] == [0, 1, 2, 4, 8, 16]
+    widths = [1, 1, 2, 4, 8, 16]
+    mean = sum(w * loss for w, (_, loss) in zip(widths, positions, strict=True)) / T
+    assert mean == pytest.approx(evaluate(model, ids, device, torch.no_grad), rel=1e-5)
+
+
+def test_compiled_runs_give_the_same_losses(folder, monkeypatch):
+    """Blocks: one graph for all blocks and one for the head. The backend here only captures; inductor takes a minute."""
+    from torch._dynamo.utils import counters
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **(k | dict(backend="eager", mode=None))))
+    monkeypatch.setattr(run, "EVERY", 2)
+    found = {}
+    for how, graphs in (("no", 0), ("model", 1), ("blocks", 2)):
+        counters.clear()
+        found[how] = run.train_run(toy(max_iters=6), folder, "cpu", how, 1025)
+        assert counters["stats"]["unique_graphs"] == graphs
+    assert found["no"]["curve"] == found["model"]["curve"] == found["blocks"]["curve"]
+    assert found["no"]["val_loss"] == found["blocks"]["val_loss"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def call(data, *flags) -> int:
+    return command(run.main, run.Args, ["--smoke", "--device=cpu", f"--data_dir={data}", *flags])
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory, folder):
+    """The results of every study at toy size."""
+    path = tmp_path_factory.mktemp("smoke") / "results" / "study.jsonl"
+    torch.set_num_threads(1)
+    assert call(folder.parent, "--study=all", f"--results={path}") == 0
+    return path
+
+
+def test_every_study_runs(smoke):
+    rows = read_results(smoke)
+    done = made(rows, "shakespeare-byte")
+    assert len(done) == len(rows)
+    assert [task.run for task in queue(done, toy=True) if task.run not in done] == []
+    for r, line in done.items():
+        assert (line["params"], line["cache_bytes"], line["cache_share"]) == plot.on_paper(r)
+        assert line["tokens"] == r.max_iters * r.batch_size * r.cfg.block_size
+        assert math.isfinite(line["val_loss"]) and line["ppl"] == pytest.approx(math.exp(line["val_loss"]))
+        assert line["val_loss"] == line["curve"][-1][1]  # toy: the part is all there is
+        assert {"command", "commit", "device", "versions", "date"} <= line.keys()
+
+
+def test_it_goes_on_where_it_stopped(smoke, folder, tmp_path, capsys):
+    """A kill in the middle of a line loses that line; everything else is left as it is."""
+    path, text = tmp_path / "study.jsonl", smoke.read_text(encoding="utf-8")
+    cut = text[: text.rindex("\n", 0, -1) + 50]
+    path.write_text(cut, encoding="utf-8")
+    assert call(folder.parent, f"--results={path}") == 0
+    after = path.read_text(encoding="utf-8")
+    assert after.startswith(text[: text.rindex("\n", 0, -1) + 1]) and after.endswith("\n")
+    old, new = json.loads(text.splitlines()[-1]), json.loads(after.splitlines()[-1])
+    assert len(after.splitlines()) == len(text.splitlines()) and old["val_loss"] == new["val_loss"]
+    capsys.readouterr()
+    assert call(folder.parent, f"--results={path}") == 0  # nothing is left to do
+    assert path.read_text(encoding="utf-8") == after and ", 0 runs still to make" in capsys.readouterr().out
+
+
+def test_time_limit_and_dry_run(folder, tmp_path, capsys):
+    path = tmp_path / "study.jsonl"
+    assert call(folder.parent, "--study=table3", f"--results={path}", "--limit_seconds=1", "--guess_seconds=1e9") == 0
+    assert not path.exists() and "9 runs still to make" in capsys.readouterr().out
+    assert call(folder.parent, "--study=table3", f"--results={path}", "--dry_run") == 0
+    assert not path.exists() and len(capsys.readouterr().out.splitlines()) == 10
+
+
+def test_a_run_that_fails_does_not_stop_the_others(folder, tmp_path, monkeypatch, capsys):
+    def no_room(r, *rest):
+        if r.build == "single_key":
+            raise torch.OutOfMemoryError("no room")
+        return train_run(r, *rest)
+
+    train_run, path = run.train_run, tmp_path / "study.jsonl"
+    monkeypatch.setattr(run, "train_run", no_room)
+    assert call(folder.parent, "--study=table6", f"--results={path}") == 1
+    assert len(read_results(path)) == 9 and "failed: OutOfMemoryError: no room" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--jobs=0", "--limit_seconds=0", "--guess_seconds=-1"])
+def test_bad_flags(folder, tmp_path, capsys, flag):
+    assert call(folder.parent, f"--results={tmp_path / 'r'}", flag) == 2
+    assert capsys.readouterr().err.startswith(f"error: {flag.split('=')[0]} must be positive")
+
+
+def test_damaged_results(folder, tmp_path, capsys):
+    path = tmp_path / "study.jsonl"
+    path.write_text("{}\n", encoding="utf-8")
+    assert call(folder.parent, f"--results={path}") == 2
+    assert f"{path}: line 1 is not a result of run.py" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == "{}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots and tables
+
+
+def test_plots_and_tables(smoke):
+    readme = smoke.parents[1] / "README.md"
+    shutil.copy(ROOT / "experiments" / "README.md", readme)
+    assert command(plot.main, plot.Args, ["--smoke", f"--results={smoke}", f"--readme={readme}"]) == 0
+    text = readme.read_text(encoding="utf-8")
+    for name in plot.PLOTS:
+        assert smoke.with_name(f"{name}.png").stat().st_size < 200_000 and f"![{name}](results/{name}.png)" in text
+    assert "| not made |" not in text
+    mqa = [r["ppl"] for r in plot.Results(read_results(smoke), "shakespeare-byte", toy=True).of("figure1", "mqa")]
+    assert f"| {sum(mqa) / 3:.2f} ± {torch.tensor(mqa, dtype=torch.float64).std():.2f} |" in text
+
+
+def test_the_readme_shows_the_committed_results(tmp_path):
+    """python experiments/plot.py was run after the last change of results, tables or arms."""
+    readme, results = tmp_path / "README.md", tmp_path / "results" / "study.jsonl"
+    results.parent.mkdir()
+    if studies.RESULTS.exists():
+        shutil.copy(studies.RESULTS, results)
+    shutil.copy(ROOT / "experiments" / "README.md", readme)
+    assert command(plot.main, plot.Args, [f"--results={results}", f"--readme={readme}"]) == 0
+    assert readme.read_text(encoding="utf-8") == (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    for name in plot.PLOTS:
+        assert results.with_name(f"{name}.png").exists() == studies.RESULTS.with_name(f"{name}.png").exists()
+
+
+def test_order_names_the_pairs_that_differ():
+    losses = dict(mha=3.7, mfa=3.8, vanilla=3.9, gated=None)
+    rows = [row(studies.Task("table4", arm, run_for("table4", arm, 1, 0)), loss) for arm, loss in losses.items()]
+    text = plot.order(plot.Results(rows), "table4")
+    assert (
+        text
+        == f"Order: 2 of 3 pairs as in the paper. The other way round here: MHA ({math.exp(3.7):.2f}) below MFA ({math.exp(3.8):.2f})."
+    )
+    table = plot.main_table(plot.Results(rows), "table4")
+    assert "1 of 1 diverged" in table and table.count("not made") == 2
+    assert plot.against(plot.Results(rows), "table4", "mfa", "mha")[3:] == ["-0.1000", "in 0 of 1 seeds"]
+
+
+def test_power_law():
+    a, b, rms = plot.power_law([(x, 20 * x**-0.05) for x in (1e12, 1e13, 1e15)])
+    assert (a, b) == (pytest.approx(20), pytest.approx(0.05)) and rms < 1e-9
+
+
+def test_a_missing_mark():
+    with pytest.raises(BadInput, match="begin status"):
+        plot.fill("no marks", {"status": "text"})
+    assert (
+        plot.fill("a\n<!-- begin x -->\nold\n<!-- end x -->\nb", {"x": r"\new"})
+        == "a\n<!-- begin x -->\n\\new\n<!-- end x -->\nb"
+    )
