@@ -29,6 +29,7 @@ from studies import (
     Run,
     best,
     build,
+    cache_of,
     made,
     queue,
     read_results,
@@ -92,7 +93,7 @@ def on_paper(run: Run) -> tuple[int, int, float]:
     """Parameters, bytes of cache per token, and the cache as a share of MHA's, without training anything."""
     with torch.device("meta"):
         model = build(run)
-    kept = 2 * sum(heads * width for block in model.blocks for heads, width in block.attn.kept)
+    kept = cache_of(model)
     return sum(p.numel() for p in model.parameters()), kept, kept / cache_bytes(mha_of(run.cfg))
 
 

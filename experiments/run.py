@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from provenance import ROOT, provenance
-from studies import RESULTS, STUDIES, VOCAB, Run, Task, build, made, queue, read_results, row_of
+from studies import RESULTS, STUDIES, VOCAB, Run, Task, build, cache_of, made, queue, read_results, row_of
 from torch import Tensor
 
 from mfa import GPT, widen
@@ -174,7 +174,7 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
         with eagerly():
             val_loss = None if diverged else evaluate(model, val_ids, device, autocast)
             positions = [] if diverged else loss_by_position(model, val_ids, device, autocast)
-    kept = 2 * sum(heads * width for block in model.blocks for heads, width in block.attn.kept)
+    kept = cache_of(model)
     return dict(
         attn=cfg.attn, params=sum(p.numel() for p in model.parameters()), cache_bytes=kept,
         cache_share=kept / cache_bytes(mha_of(cfg)), tokens=step * run.batch_size * T, val_loss=val_loss,

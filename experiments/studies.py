@@ -231,6 +231,11 @@ def build(run: Run) -> GPT:
     return model
 
 
+def cache_of(model: GPT) -> int:
+    """Bytes of cache that a token leaves in all layers at 16 bit, the hybrids' too."""
+    return 2 * sum(heads * width for block in model.blocks for heads, width in block.attn.kept)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Results: one line of JSON a run
 
