@@ -470,7 +470,7 @@ def find_file(dataset: str, wanted: File, source: str | None, data_dir: Path) ->
     if source is not None:
         raise BadInput(f"--source {source}: there is no {wanted.name} in it; give {needed}")
     if not wanted.url:
-        raise BadInput(f"--dataset {dataset}: cannot be downloaded; give --source with {needed}")
+        raise BadInput(f"--dataset {dataset}: cannot be downloaded; run prepare_data.py --source with {needed}")
     return download(dataset, wanted, folder)
 
 
@@ -481,7 +481,9 @@ def download(dataset: str, wanted: File, folder: Path) -> Path:
     """
     path = folder / wanted.url.rpartition("/")[2]
     part = path.with_name(path.name + ".part")
-    by_hand = f"put it at {folder / wanted.name} by hand, give --source, or use the embedded --dataset shakespeare"
+    by_hand = (
+        f"put it at {folder / wanted.name} by hand, run prepare_data.py --source, or use the embedded --dataset shakespeare"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         kept = had = part.stat().st_size if part.exists() else 0

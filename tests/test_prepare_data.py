@@ -400,7 +400,7 @@ def test_a_damaged_data_set_is_refused_and_with_overwrite_made_again_from_its_so
     damaged = content(folder)
     with pytest.raises(BadInput, match=r"train.bin: is damaged: .*, it has 6 bytes; make it again: .* --overwrite"):
         prepare("pg-books", source=source, tokenizer="byte", data_dir=tmp_path)
-    with pytest.raises(BadInput, match="give --source with the folder that holds train-0.txt"):
+    with pytest.raises(BadInput, match="--source with the folder that holds train-0.txt"):
         prepare("pg-books", tokenizer="byte", data_dir=tmp_path, overwrite=True)
     assert content(folder) == damaged  # what cannot be made again is left as it is
     assert content(prepare("pg-books", source=source, tokenizer="byte", data_dir=tmp_path, overwrite=True)) == whole
