@@ -160,7 +160,7 @@ class Config:
 PRESETS = {
     "tiny": dict(vocab_size=65, block_size=64, n_layer=4, dim=128, head_dim=32, n_kv_head=2, rope_dim=16, ffn_dim=344),
     "baby": dict(vocab_size=65, block_size=256, n_layer=6, dim=384, head_dim=64, n_kv_head=2, rope_dim=32, ffn_dim=1024,
-                 dropout=0.3),
+                 rope_base=10_000.0, dropout=0.25),
     "small": dict(vocab_size=50304, block_size=1024, n_layer=12, dim=768, head_dim=64, n_kv_head=4, rope_dim=32,
                   ffn_dim=2048),
     # Section 4.4. Paper: the FFN width is in the missing Table 9; 4992 gives MHA the 1.08B of Table 3.

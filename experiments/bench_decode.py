@@ -133,7 +133,10 @@ class Bench:
 
     def config(self, attn: str, mode: str = "") -> Config:
         """paper-1b, or a toy of the same kind; the context allows for the longest cell."""
-        fields = {"mfa_kr": {"key_reuse_rope": mode or "pre"}, "mla": {"joint_kv": mode == "joint"}}.get(attn, {})
+        lite = dict(
+            joint_kv=True, latent_dim=512, compress_query=False, latent_norm=True
+        )  # Figure 1's MLA, as in DeepSeek-V2-Lite
+        fields = {"mfa_kr": {"key_reuse_rope": mode or "pre"}, "mla": lite if mode == "joint" else {}}.get(attn, {})
         fields["block_size"] = max(*self.contexts, self.must[1])
         if self.args.smoke:
             fields |= dict(n_layer=2, dim=64, head_dim=16, latent_dim=16, rope_dim=8, mfa_n_head=3, ffn_dim=64, vocab_size=64)
