@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def commit() -> str:
-    """The commit that runs, with a note if its code was changed since; $COMMIT where there is no git to ask."""
+    """$COMMIT, for a copy of the tree whose git is missing or older; else what git says, and whether code was changed since."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -23,7 +25,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--", "*.py")
         return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
 
 
 def device_name(device: torch.device | str) -> str:
