@@ -15,6 +15,7 @@ from prepare_data import BadInput
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "experiments"))
 
+import bench_train  # noqa: E402
 from plot import Results, outcome  # noqa: E402
 from studies import STUDIES, read_results  # noqa: E402
 
@@ -22,7 +23,6 @@ RESULTS = ROOT / "experiments" / "results"
 MISSING = "not measured"
 PRESET = "paper-1b"  # the shape of the counted columns and of the speeds
 BATCH, CONTEXT = 32, 16384  # of the speeds
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 FIGURE1_MLA = dict(
     joint_kv=True, latent_dim=512, compress_query=False, latent_norm=True
 )  # DeepSeek-V2-Lite's, as in the paper's Figure 1
@@ -164,16 +164,27 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
     return lines
 
 
-def between(text: str) -> tuple[str, str, str]:
-    """A README before, between and after its two markers."""
-    head, begin, rest = text.partition(BEGIN)
-    inside, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise BadInput(f"README.md should have the two lines {BEGIN} and {END}, with the table of results between them")
-    return head + begin, inside, end + tail
+def training(folder: Path = RESULTS) -> str:
+    """What experiments/bench_train.py has measured, in Markdown."""
+    path = folder / "train.json"
+    if not path.exists():
+        return "Training speed: not measured yet."
+    return bench_train.table(json.loads(path.read_text(encoding="utf-8"))).strip()
+
+
+def between(text: str, name: str) -> tuple[str, str]:
+    """A README up to its marker <!-- name --> and from <!-- /name --> on."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, found, rest = text.partition(begin)
+    _, found_too, tail = rest.partition(end)
+    if not (found and found_too):
+        raise BadInput(f"README.md should have the two lines {begin} and {end}, with a table of results between them")
+    return head + begin, end + tail
 
 
 def with_table(readme: str, folder: Path = RESULTS) -> str:
-    """The README with its table made anew."""
-    head, _, tail = between(readme)
-    return f"{head}\n{table(folder)}\n{tail}"
+    """The README with its tables made anew."""
+    for name, made in (("results", table(folder)), ("training", training(folder))):
+        head, tail = between(readme, name)
+        readme = f"{head}\n{made}\n{tail}"
+    return readme

@@ -344,7 +344,6 @@ def baby(args: Bench, text: Path, place: Path) -> dict:
             result.setdefault(attn, {"best": []})["best"].append(found["best"])
     for attn in ("mha", "mfa", "mfa_kr"):
         best = result[attn]["best"]
-        result[attn] |= {"mean_best": statistics.mean(best), "std_best": statistics.stdev(best) if len(best) > 1 else None}
         print(f"{attn}: best {statistics.mean(best):.4f} over {len(best)} seeds", flush=True)
     return result
 
@@ -394,6 +393,11 @@ def cpu(args: Bench, text: Path, place: Path) -> dict:
 
 def table(results: dict) -> str:
     """What was measured so far, as Markdown."""
+
+    def reached(row: dict) -> str:
+        """Seconds to the target."""
+        return f"{row['seconds_to_target']:.1f}" if row["seconds_to_target"] else "not reached"
+
     lines = []
     if "small" in results:
         part = results["small"]
@@ -403,7 +407,7 @@ def table(results: dict) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for name, row in part["rows"].items():
-            peak = f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else ""
+            peak = f"{row['peak_bytes'] / 1e9:.1f}" if row.get("peak_bytes") else ""
             speed = f"{row['ms']:.1f} | {row['tokens_per_s']:,.0f} | {row['of_nanogpt']:.2f} | {row['share_of_rate']:.0%}"
             lines.append(f"| {name} | {row['params'] / 1e6:.1f}M | {speed} | {peak} |")
         lines.append("")
@@ -411,15 +415,18 @@ def table(results: dict) -> str:
         part = results["baby"]
         lines += [f"baby on tinyshakespeare, {part['device']}:", ""]
         lines += [f"| | seconds to {part['target']} | at step | best validation loss |", "|---|---|---|---|"]
-        lines.append("| nanoGPT | {seconds_to_target} | {step_at_target} | (stopped there) |".format(**part["nanoGPT"]))
+        lines.append(f"| nanoGPT | {reached(part['nanoGPT'])} | {part['nanoGPT']['step_at_target']} | (stopped there) |")
         for attn in ("mha", "mfa", "mfa_kr"):
-            best, timed = part[attn]["best"], part[attn].get("timed", {"seconds_to_target": "not timed", "step_at_target": ""})
-            spread = f" ± {part[attn]['std_best']:.4f} ({len(best)} seeds)" if len(best) > 1 else " (one seed)"
-            figures = f"{timed['seconds_to_target']} | {timed['step_at_target']} | {part[attn]['mean_best']:.4f}{spread}"
+            if attn not in part:
+                continue
+            best, timed = part[attn]["best"], part[attn].get("timed")
+            spread = f" ± {statistics.stdev(best):.4f} ({len(best)} seeds)" if len(best) > 1 else " (one seed)"
+            speed = f"{reached(timed)} | {timed['step_at_target']}" if timed else "not timed |"
+            figures = f"{speed} | {statistics.mean(best):.4f}{spread}"
             lines.append(f"| ours, {attn} | {figures} |")
         for row in part["quick"]:
             timed = row["timed"]
-            figures = f"{timed['seconds_to_target']} | {timed['step_at_target']} | {timed['best']:.4f}"
+            figures = f"{reached(timed)} | {timed['step_at_target']} | {timed['best']:.4f}"
             lines.append(f"| ours, mfa, `{row['flags']}` | {figures} |")
         lines.append("")
     if "cpu" in results:
@@ -429,7 +436,7 @@ def table(results: dict) -> str:
         for name in ("nanoGPT", "mfa_kr", "mfa"):
             row = part[name]
             ours_or = name if name == "nanoGPT" else f"ours, {name}"
-            lines.append(f"| {ours_or} | {row['seconds_to_target']} | {row['best']:.4f} | {row['whole_seconds']:.0f} |")
+            lines.append(f"| {ours_or} | {reached(row)} | {row['best']:.4f} | {row['whole_seconds']:.0f} |")
         lines += ["", "| 12 x 64 tokens a step | parameters | tokens/s | nanoGPT = 1 |", "|---|---|---|---|"]
         for name, row in part["speed"].items():
             lines.append(f"| {name} | {row['params'] / 1e6:.2f}M | {row['tokens_per_s']:,.0f} | {row['of_nanogpt']:.2f} |")

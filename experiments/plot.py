@@ -187,10 +187,12 @@ def question_a_part(results: Results) -> str:
 def question_b_part(results: Results) -> str:
     body = []
     for attn, name in (("mha", "MHA"), ("mqa", "MQA"), ("mla", "MLA, joint latent of dim/4"), ("mfa", "MFA, C = dim/8")):
-        arms = [f"{attn}_{size}_{init}" for size in ("30m", "7m") for init in ("scaled", "plain")]
+        arms = [f"{attn}_{size}_{init}" for size in ("30m", "7m") for init in ("scaled", "plain", "attn")]
         body.append([name, *(outcome(results.of("question_b", arm)) for arm in arms)])
-    scaled = [f"dim {dim}, std {0.02 * (2048 / dim) ** 0.5:.3f}" for dim in (512, 256)]
-    return table(["perplexity", scaled[0], "dim 512, std 0.02", scaled[1], "dim 256, std 0.02"], body)
+    heads = [
+        f"dim {dim}, {std}" for dim in (512, 256) for std in (f"{0.02 * (2048 / dim) ** 0.5:.3f}", "0.02", "0.02 in attention")
+    ]
+    return table(["perplexity by init std", *heads], body)
 
 
 def length_part(results: Results) -> str:

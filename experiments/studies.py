@@ -8,7 +8,7 @@ all. Heads are dim / 8 wide at every size, MFA has 16 heads of C = dim / 8, so i
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from hybrids import HYBRIDS, hybrid_gpt
 from torch import nn
 
-from mfa import GPT, Config
+from mfa import GPT, Config, init_weights
 from prepare_data import BadInput
 from train import match_params
 
@@ -47,7 +47,7 @@ class Arm(NamedTuple):
     model: dict  # fields of Config, on top of the size's
     paper: str = ""  # the paper's perplexity
     size: str = "30M"
-    build: str = ""  # "": GPT(cfg); "deepseek_init"; or one of Table 6's hybrids
+    build: str = ""  # "": GPT(cfg); "deepseek_init"; "attention_0.02"; or one of Table 6's hybrids
     matched: bool = True  # the FFN takes what the attention saves
 
 
@@ -112,11 +112,15 @@ QUESTION_A = {
     "none": Arm("no position embedding", dict(**KR, pos="none")),
 }
 QUESTION_B = {
-    f"{attn}_{size.lower()}_{init}": Arm(f"{name}, {size}, {text}", {**model, **widths, **std}, size=size)
+    f"{attn}_{size.lower()}_{init}": Arm(f"{name}, {size}, {text}", {**model, **widths, **std}, size=size, build=how)
     for size in ("30M", "7M")
     for attn, name, model in (("mha", "MHA", MHA), ("mqa", "MQA", MQA), ("mla", "MLA", MLA_JOINT), ("mfa", "MFA", MFA))
     for widths in [dict(latent_dim=64) if (attn, size) == ("mla", "7M") else {}]
-    for init, text, std in (("scaled", "0.02 sqrt(2048 / dim)", {}), ("plain", "0.02", dict(init_std=0.02)))
+    for init, text, std, how in (
+        ("scaled", "0.02 sqrt(2048 / dim)", {}, ""),
+        ("plain", "0.02", dict(init_std=0.02), ""),
+        ("attn", "0.02 in the attention alone", {}, "attention_0.02"),  # notebook 07: at toy size this is the best of the three
+    )
 }
 LENGTH = {
     f"{attn}_{context}": Arm(f"{name}, context {context}", model, size=size)
@@ -221,6 +225,9 @@ def build(run: Run) -> GPT:
     if run.build in HYBRIDS:
         return hybrid_gpt(run.build, run.cfg)
     model = GPT(run.cfg)
+    if run.build == "attention_0.02":
+        for layer, block in enumerate(model.blocks):
+            init_weights(block.attn, replace(run.cfg, init_std=0.02), layer)
     if run.build == "deepseek_init":
         # DeepSeek-V2, Section 3.1.2: all parameters normal with std 0.006, output projections too. The MFA paper takes that at
         # H = 2048; here it goes with the width as our own 0.02 does, and the embedding keeps 0.006, as ours keeps 0.02.

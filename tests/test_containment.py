@@ -171,8 +171,7 @@ def test_fpba_has_no_room_for_more_heads_than_channels():
 def draw(**shapes):
     generator = torch.Generator().manual_seed(5)
     return {
-        f"{name}.weight": torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.3
-        for name, shape in shapes.items()
+        f"{name}.weight": torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.3 for name, shape in shapes.items()
     }
 
 
@@ -212,9 +211,7 @@ def deepseek_attention(w, x, n, d, C, d_r, base, eps):
 @pytest.mark.parametrize("r", [0, 11])
 def test_mla_takes_deepseeks_weights(r):
     H, n, d, C, d_r = 20, 3, 6, 14, 4
-    query = (
-        dict(q_a_proj=(r, H), q_a_layernorm=(r,), q_b_proj=(n * (d + d_r), r)) if r else dict(q_proj=(n * (d + d_r), H))
-    )
+    query = dict(q_a_proj=(r, H), q_a_layernorm=(r,), q_b_proj=(n * (d + d_r), r)) if r else dict(q_proj=(n * (d + d_r), H))
     w = draw(**query, kv_a_proj_with_mqa=(C + d_r, H), kv_a_layernorm=(C,), kv_b_proj=(n * 2 * d, C), o_proj=(H, n * d))
     mla = mla_from_deepseek(w, rope_base=100.0)
     x = states(mla.cfg)

@@ -59,6 +59,14 @@ def test_table3_adds_what_the_paper_adds():
     assert factored - plain == 8 * (6 * C * H + H * C + 14 * C * C - 8 * C * H)  # O; S_q and Q instead of Q
 
 
+def test_the_attention_alone_can_start_at_the_papers_std():
+    run = run_for("question_b", "mfa_30m_attn", 1, 0)
+    torch.manual_seed(0)
+    block = studies.build(run).blocks[1]
+    found = [p.detach().std().item() for p in (block.attn.q.weight, block.attn.o.weight, block.ffn.w1.weight)]
+    assert found == pytest.approx([0.02, 0.02 / 4**0.5, 0.04], rel=0.05)
+
+
 def test_deepseek_init():
     torch.manual_seed(0)
     model = studies.build(run_for("figure1", "mla_deepseek", 1, 0))
