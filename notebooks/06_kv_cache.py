@@ -344,8 +344,8 @@ plt.show()
 
 # %% [markdown]
 # One user with a short chat (a few thousand tokens, on the left) gains almost nothing. A server with 64 users at 16k tokens, a
-# million in all, becomes about seven times as fast with MFA. (Crosses, where there are any, are MFA-KR with
-# `key_reuse_rope="pre"`.)
+# million in all, could become about seven times as fast with MFA. Hollow marks, where there are any, were measured; they lie
+# below the lines, since a floor is a limit and not a promise. (Crosses are MFA-KR with `key_reuse_rope="pre"`.)
 #
 # So when do smaller caches **not** make decoding faster?
 #
