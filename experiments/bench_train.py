@@ -34,7 +34,16 @@ from provenance import ROOT, provenance
 
 from mfa import GPT, Config, preset
 from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_from
-from train import Train, attention_kernels, loss_function, make_optimizer, match_params, pick_device, write_atomically
+from train import (
+    Train,
+    attention_kernels,
+    keep_memory,
+    loss_function,
+    make_optimizer,
+    match_params,
+    pick_device,
+    write_atomically,
+)
 
 CPU_RECIPE = (
     "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
@@ -371,10 +380,9 @@ def cpu(args: Bench, text: Path, place: Path) -> dict:
         print(f"{name}: {result[name]['seconds_to_target']} s to {target}, best {result[name]['best']}", flush=True)
 
     # Speed at nanoGPT's own size and batch; nanoGPT's feed-forward has 8 H^2 weights, so the parameters are equal.
-    device, nano = (
-        torch.device("cpu"),
-        Config(attn="mha", vocab_size=65, block_size=64, n_layer=4, dim=128, head_dim=32, ffn_dim=344),
-    )
+    device, sizes = torch.device("cpu"), dict(vocab_size=65, block_size=64, n_layer=4, dim=128, head_dim=32, ffn_dim=344)
+    nano = Config(attn="mha", **sizes)
+    keep_memory(device)  # in this one process nanoGPT's steps have it, too
     torch.set_float32_matmul_precision("high")
     steps, rows = {}, {}
     made = {"nanoGPT": nanogpt_step(copy, nano, 12, device)}
