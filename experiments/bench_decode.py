@@ -8,6 +8,7 @@ Parts, in the order in which they run (--part picks some):
     grid      batch 1, 8, 32 and 128 at contexts of 1k to 64k, where they fit
     tiny      on a CPU: 512 tokens with the cache and without
     plot      two pictures from the results
+    profile   where a step's time goes in the must cell: every kernel of four attentions
     kernels   not by default: attention alone, experiments/decode.py's kernel with other constants, and PyTorch's backends
 
 A cell's cache is filled with random numbers, which cost the same as any, and decoding goes on from there, greedily, for some
@@ -31,7 +32,7 @@ from typing import Literal
 
 import decode as engine
 import torch
-from decode import BACKENDS, Decoder, attend_sdpa, attend_triton, read
+from decode import BACKENDS, Decoder, attend_sdpa, attend_triton, read, rotary_table, rotates
 from provenance import ROOT, provenance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -51,8 +52,10 @@ WARMUP = 3  # steps before the measured ones; the first compiles and captures
 class Args:
     """Measure decoding: time per step, cache, largest batch, beside transformers' Llama and nanoGPT."""
 
-    part: tuple[Literal["must", "baby", "llama", "grid", "tiny", "plot", "kernels"], ...] = ()
+    part: tuple[Literal["must", "profile", "baby", "llama", "grid", "tiny", "plot", "kernels"], ...] = ()
     """Which parts; default: all but kernels and tiny on a GPU, tiny on a CPU."""
+    only: tuple[str, ...] = ()
+    """Only these attentions, as "mfa" or "mfa_kr post"; default: all."""
     nanogpt: Path | None = None
     """Folder of a nanoGPT checkout (its model.py is used)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,6 +79,7 @@ class Bench:
         self.args, self.began = args, time.perf_counter()
         self.device, self.cuda = torch.device(args.device), args.device.startswith("cuda")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.variants = [v for v in VARIANTS if not args.only or " ".join(v).strip() in args.only]
         self.must = (32, 16384) if not args.smoke else (2, 48)
         self.batches, self.contexts = ((1, 8, 32, 128), (1024, 4096, 16384, 65536)) if not args.smoke else ((1, 2), (32,))
         self.fastest: dict[tuple[str, str], str] = {}  # (attn, mode) -> the faster way to attend, seen in the must part
@@ -161,7 +165,7 @@ class Bench:
 
     def write(self) -> None:
         """The file, at once or not at all."""
-        used = {r["run"] for r in self.rows + self.largest}
+        used = {r["run"] for r in self.rows + self.largest} | {self.found.get("profile", {}).get("run")}
         runs = {k: v for k, v in self.runs.items() if k in used}
         result = self.found | {"rows": self.rows, "largest_batch": self.largest, "runs": runs}
         path = self.args.results
@@ -188,7 +192,7 @@ class Bench:
 
 def kernels_for(bench: Bench, attn: str, mode: str) -> list[str]:
     """The ways to attend that decode.py has for this attention here; see Decoder."""
-    if not bench.cuda or engine.triton is None or mode == "pre":
+    if not bench.cuda or engine.triton is None:
         return ["sdpa"]
     return ["triton", "sdpa"]
 
@@ -263,7 +267,7 @@ def largest_batch(bench: Bench, model: GPT, kernel: str, context: int, workspace
 
 
 def must(bench: Bench) -> None:
-    for attn, mode in VARIANTS:
+    for attn, mode in bench.variants:
         reset_compiler()
         model = bench.model(bench.config(attn, mode))
         batch, context = bench.must
@@ -284,8 +288,45 @@ def must(bench: Bench) -> None:
         del model
 
 
+GROUPS = {"attention": ("attend_kernel", "flash", "fmha"), "matrix products": ("gemm", "nvjet", "gemv", "splitK", "cutlass")}
+
+
+def profile(bench: Bench) -> None:
+    """Microseconds of every kernel in one step of the must cell, by name; "idle" is what no kernel accounts for."""
+    batch, context = bench.must
+    bench.found["profile"] = found = {"run": bench.run, "batch": batch, "context": context, "steps": []}
+    for attn, mode in [v for v in bench.variants if v[0] in ("mfa", "mfa_kr", "mla") and v[1] != "inverse"]:
+        reset_compiler()
+        model = bench.model(bench.config(attn, mode))
+        decoder, cache = Decoder(model), KVCache(model, batch, context)
+        for kept in (t for layer in cache.layers for t in layer):
+            kept.normal_()
+        new, steps = torch.zeros(batch, 1, dtype=torch.long, device=bench.device), 5
+        cache.length = context - 3 * steps
+        ms = bench.median(lambda d=decoder, m=model, n=new, c=cache: d(m, n, c), steps)
+        with torch.profiler.profile() as recorded:
+            for _ in range(steps):
+                decoder(model, new, cache)
+            bench.clean()
+        kernels = [
+            dict(name=e.key[:120], us=e.self_device_time_total / steps, calls=e.count / steps)
+            for e in recorded.key_averages()
+            if e.device_type == torch.autograd.DeviceType.CUDA and e.self_device_time_total
+        ]
+        kernels.sort(key=lambda k: -k["us"])
+        groups = {g: sum(k["us"] for k in kernels if any(w in k["name"] for w in words)) for g, words in GROUPS.items()}
+        groups["other"] = sum(k["us"] for k in kernels) - sum(groups.values())
+        groups["idle"] = 1000 * ms - sum(k["us"] for k in kernels)
+        found["steps"].append(dict(attn=attn, mode=mode, ms=ms, us=groups, kernels=kernels[:20]))
+        bench.write()
+        print(f"{NAMES[attn, mode]}: {ms:.2f} ms = " + ", ".join(f"{g} {us:,.0f} us" for g, us in groups.items()), flush=True)
+        for k in kernels[:12]:
+            print(f"  {k['us']:8.1f} us {k['calls']:5.0f} x {k['name'][:90]}", flush=True)
+        del model, decoder, cache
+
+
 def grid(bench: Bench) -> None:
-    for attn, mode in VARIANTS:
+    for attn, mode in bench.variants:
         kernel = bench.fastest.get((attn, mode)) or kernels_for(bench, attn, mode)[0]
         reset_compiler()
         model = None
@@ -458,10 +499,10 @@ def kernels(bench: Bench) -> None:
     batch, context = bench.must
     bench.found["kernels"] = table = []
     usual = engine.TILE, engine.WARPS, engine.STAGES, engine.PER_SM
-    for attn, mode in VARIANTS:
+    for attn, mode in bench.variants:
         if mode == "inverse":
             continue  # as post
-        full = mode == "post" or attn in ("mfa", "mha")  # each set of constants takes a compilation of a second
+        full = mode in ("pre", "post") or attn in ("mfa", "mha")  # each set of constants takes a compilation of a second
         cfg = bench.config(attn, mode)
         with bench.device:
             layer = ATTENTION[attn](cfg).to(bench.dtype).eval()
@@ -470,6 +511,7 @@ def kernels(bench: Bench) -> None:
         q = torch.randn(batch, cfg.heads, 1, width, dtype=bench.dtype, device=bench.device)
         pos = torch.tensor([context - 1], device=bench.device)
         floor = 1000 * sum(t.nbytes for t in kept) / bench.bandwidth
+        angles = rotary_table(layer, context, q) if rotates(layer) else None
 
         def report(what: str, work: Callable, n: int = 20, name=(attn, mode), floor=floor) -> None:
             try:
@@ -486,7 +528,7 @@ def kernels(bench: Bench) -> None:
             for constants in others:
                 engine.TILE, engine.WARPS, engine.STAGES, engine.PER_SM = constants
                 what = "triton TILE {} WARPS {} STAGES {} PER_SM {}".format(*constants)
-                report(what, lambda a=layer, q=q, k=kept, p=pos: attend_triton(a, q, k, p))
+                report(what, lambda a=layer, q=q, k=kept, p=pos, t=angles: attend_triton(a, q, k, p, t))
             engine.TILE, engine.WARPS, engine.STAGES, engine.PER_SM = usual
         for backend in (*BACKENDS[:2], SDPBackend.CUDNN_ATTENTION):
             with sdpa_kernel(backend):
@@ -626,11 +668,13 @@ def main(args: Args) -> None:
         raise BadInput(f"--device {args.device}: no such device here; use cpu")
     if args.smoke and args.results == RESULTS:
         raise BadInput("--smoke measures a toy, which does not belong among the results: name another file with --results")
+    if unknown := [name for name in args.only if name not in [" ".join(v).strip() for v in VARIANTS]]:
+        raise BadInput(f"--only {unknown[0]!r}: take any of {', '.join(' '.join(v).strip() for v in VARIANTS)}")
     if args.steps < 1:
         raise BadInput(f"--steps must be at least 1, not {args.steps}")
     if args.nanogpt and not (args.nanogpt / "model.py").is_file():
         raise BadInput(f"--nanogpt {args.nanogpt}: no model.py there; name the folder of a nanoGPT checkout")
-    parts = args.part or (("must", "baby", "llama", "grid", "plot") if args.device != "cpu" else ("tiny",))
+    parts = args.part or (("must", "profile", "baby", "llama", "grid", "plot") if args.device != "cpu" else ("tiny",))
     slow = [part for part in parts if part not in ("tiny", "plot")]
     if args.device == "cpu" and slow and not args.smoke:
         raise BadInput(f"--part {' '.join(slow)}: these need a GPU; on a CPU there are tiny and plot")
@@ -638,8 +682,10 @@ def main(args: Args) -> None:
         if parts == ("plot",):
             raise BadInput(f"--part plot: {args.results} is not there; measure first")
     bench = Bench(args)
-    known = dict(kernels=kernels, must=must, baby=baby, llama=llama, grid=grid, tiny=tiny, plot=plot)
-    for name in ("kernels", "must", "baby", "llama", "grid", "tiny", "plot"):
+    known = dict(
+        kernels=kernels, must=must, profile=profile, baby=baby, llama=llama, grid=grid, tiny=tiny, plot=plot
+    )  # fmt: skip
+    for name in known:
         if name in parts:
             began = time.perf_counter()
             known[name](bench)

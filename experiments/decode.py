@@ -9,16 +9,18 @@ only three things are said anew, and tests/test_decode.py compares them with mfa
     attention      One query for each sequence. The n/g heads of a key/value head stand beside each other as rows of one
                    product, so no kernel needs to know about groups; one token attends to all that is kept, so none needs
                    causality. attend_kernel (Triton) finds the filled length on the device, hence one graph serves every
-                   length; it reads no more than is filled, and a tensor that is both key and value only once.
+                   length; it reads no more than is filled, and a tensor that is both key and value only once. Keys that
+                   are kept unrotated (MFA-KR, "pre") are turned as they pass through it.
     absorbed MLA   (q_c K_c^T) c_j^T = q_c (c_j K_c)^T: the query goes into the latent space, and the values are mixed there,
                    before V_c; the keys and values of the heads are never formed.
     the cache      is written at a position that lies on the device too.
 
-Where there is no Triton, or with keys to rotate on every read (MFA-KR, "pre"), attention is PyTorch's own, called between
-the graphs on exactly what is filled. Without CUDA there are no graphs: the same steps, run eagerly, which is what the tests on
-a CPU compare.
+Matrices that multiply the same vector (S_q, S_k and S_v, say) lie side by side in memory and are multiplied at once: for so
+few tokens a product costs its launch. Where there is no Triton, attention is PyTorch's own, called between the graphs on
+exactly what is filled. Without CUDA there are no graphs: the same steps, run eagerly, which is what the tests on a CPU compare.
 """
 
+import copy
 import functools
 import math
 import weakref
@@ -26,10 +28,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mfa import GPT, MLA, Attention, Block, KVCache, alibi
+from mfa import GPT, MLA, Attention, Block, KVCache, alibi, rotate
 
 try:
     import triton
@@ -48,12 +50,17 @@ if triton is not None:
 
     @triton.jit
     def attend_kernel(
-        q, k, k2, v, slope, pos, acc, top, total, scale, capacity, G, R,  # R: rows of a product, the n/g heads
+        q, k, k2, v, table, slope, pos, acc, top, total, scale, capacity, G, R,  # R: rows of a product, the n/g heads
         W: tl.constexpr, W2: tl.constexpr, WV: tl.constexpr,  # widths of the key's two parts and of the value
+        L: tl.constexpr, L2: tl.constexpr,  # elements from one key to the next, in either part
         BW: tl.constexpr, BW2: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,  # padded; N keys a step
-        SAME: tl.constexpr, ALIBI: tl.constexpr,
+        SAME: tl.constexpr, ALIBI: tl.constexpr, ROTATE: tl.constexpr,
     ):  # fmt: skip
-        """Part `split` of the keys of one key/value head: the softmax's numerator, its largest score and its sum."""
+        """Part `split` of the keys of one key/value head: the softmax's numerator, its largest score and its sum.
+
+        SAME: the key's first part is the value. ROTATE: the two parts are the halves that rotate() pairs; the value is both,
+        unrotated; table has the cosines and sines of each position.
+        """
         pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)  # pair: sequence * g + head
         S = tl.load(pos).to(tl.int32) + 1
         share = tl.cdiv(tl.cdiv(S, N), splits) * N
@@ -70,15 +77,27 @@ if triton is not None:
         most = tl.full((M,), float("-inf"), tl.float32)
         summed = tl.zeros((M,), tl.float32)
         out = tl.zeros((M, BV), tl.float32)
+        out2 = tl.zeros((M, BW2), tl.float32)
         for first in range(start, end, N):
             j = first + tl.arange(0, N)
             filled = j < end
             at = (kept + j)[:, None]
-            k1 = tl.load(k + at * W + c[None, :], mask=filled[:, None] & (c < W)[None, :], other=0.0).to(q1.dtype)
-            s = tl.dot(q1, tl.trans(k1), input_precision="ieee")  # (M, N)
+            first_half = filled[:, None] & (c < W)[None, :]
+            k1 = tl.load(k + at * L + c[None, :], mask=first_half, other=0.0).to(q1.dtype)  # (N, BW)
+            turned = k1
             if W2 > 0:
-                more = tl.load(k2 + at * W2 + c2[None, :], mask=filled[:, None] & (c2 < W2)[None, :], other=0.0)
-                s += tl.dot(q2, tl.trans(more.to(q1.dtype)), input_precision="ieee")
+                more = tl.load(k2 + at * L2 + c2[None, :], mask=filled[:, None] & (c2 < W2)[None, :], other=0.0).to(q1.dtype)
+                turned2 = more  # (N, BW2)
+                if ROTATE:
+                    angle = table + j[:, None] * L + c[None, :]
+                    cos = tl.load(angle, mask=first_half, other=0.0).to(tl.float32)
+                    sin = tl.load(angle + W, mask=first_half, other=0.0).to(tl.float32)
+                    a, b = k1.to(tl.float32), more.to(tl.float32)
+                    turned = (a * cos - b * sin).to(q1.dtype)
+                    turned2 = (b * cos + a * sin).to(q1.dtype)
+            s = tl.dot(q1, tl.trans(turned), input_precision="ieee")  # (M, N)
+            if W2 > 0:
+                s += tl.dot(q2, tl.trans(turned2), input_precision="ieee")
             s *= scale
             if ALIBI:
                 s += bias[:, None] * (j - (S - 1))[None, :].to(tl.float32)
@@ -92,9 +111,13 @@ if triton is not None:
             else:
                 value = tl.load(v + at * WV + cv[None, :], mask=filled[:, None] & (cv < WV)[None, :], other=0.0).to(q1.dtype)
             out = out * fade[:, None] + tl.dot(p.to(q1.dtype), value, input_precision="ieee")  # (M, BV)
+            if ROTATE:
+                out2 = out2 * fade[:, None] + tl.dot(p.to(q1.dtype), more, input_precision="ieee")  # (M, BW2)
             most = now
         to = split * tl.num_programs(0) * R + row
-        tl.store(acc + to[:, None] * WV + cv[None, :], out, mask=(r < R)[:, None] & (cv < WV)[None, :])
+        if ROTATE:
+            tl.store(acc + to[:, None] * WV + W + c2[None, :], out2, mask=(r < R)[:, None] & (c2 < W2)[None, :])
+        tl.store(acc + to[:, None] * WV + cv[None, :], out, mask=(r < R)[:, None] & (cv < (W if ROTATE else WV))[None, :])
         tl.store(top + to, most, mask=r < R)
         tl.store(total + to, summed, mask=r < R)
 
@@ -109,22 +132,41 @@ def parts(pairs: int, tiles: int, slots: int) -> int:
     return next(n for n in choices if used(n) >= 0.9 * max(map(used, choices)))
 
 
-def attend_triton(attn: Attention, q: Tensor, kept: list[Tensor], pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention on the first pos + 1 of what is kept, in parts P: (P, B, n, w_v), (P, B, n) twice, float32. See merge."""
-    keys, v = read(attn, kept)
+def rotates(attn: Attention) -> bool:
+    """Are the keys kept unrotated, to be rotated on every read?"""
+    return attn.cfg.attn == "mfa_kr" and attn.cfg.pos == "rope" and attn.cfg.key_reuse_rope == "pre"
+
+
+def rotary_table(attn: Attention, capacity: int, like: Tensor) -> Tensor:
+    """cos | sin of every position: (capacity, C). 16 bits where the keys have no more."""
+    kind = torch.float16 if like.element_size() == 2 else like.dtype  # finer than bfloat16 between -1 and 1
+    units = torch.zeros(capacity, attn.cfg.latent, device=like.device)
+    units[:, : attn.cfg.latent // 2] = 1  # rotate() turns (1, 0) into (cos, sin)
+    return rotate(units, torch.arange(capacity, device=like.device), attn.cfg.rope_base).to(kind)
+
+
+def attend_triton(
+    attn: Attention, q: Tensor, kept: list[Tensor], pos: Tensor, table: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention on the first pos + 1 of what is kept, in parts P: (P, B, n, w_v), (P, B, n) twice, float32. See merge.
+
+    table: rotary_table, for an attention that rotates().
+    """
+    keys, v = (kept[0].chunk(2, dim=-1), kept[0]) if rotates(attn) else read(attn, kept)
     (B, g, capacity, w), n, wv = keys[0].shape, q.shape[1], v.shape[-1]
     same, w2 = v is keys[0], sum(k.shape[-1] for k in keys[1:])
-    row_bytes = (w + w2 + wv * (not same)) * v.element_size()
+    row_bytes = (w + w2 + wv * (not same)) * v.element_size()  # with a table, whose rows are as wide, that instead of values
     N = min(128, max(16, 1 << int(math.log2(TILE / row_bytes))))
     slots = PER_SM * (torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2)
     P = parts(B * g, capacity // N, slots)
     acc = q.new_empty(P, B, n, wv, dtype=torch.float32)
     top, total = acc.new_empty(2, P, B, n)
     slope = -alibi(n, pos + 1, pos, torch.float32).flatten() if attn.cfg.pos == "alibi" else acc  # (n,)
-    wide = [max(16, triton.next_power_of_2(x)) for x in (w, w2, wv, n // g)]
+    wide = [max(16, triton.next_power_of_2(x)) for x in (w, w2, w if rotates(attn) else wv, n // g)]
     attend_kernel[(B * g, P)](
-        q.contiguous(), keys[0], keys[-1], v, slope, pos, acc, top, total, attn.scale, capacity, g, n // g,
-        w, w2, wv, *wide, N, same, attn.cfg.pos == "alibi", num_warps=WARPS, num_stages=STAGES,
+        q.contiguous(), keys[0], keys[-1], v, acc if table is None else table, slope, pos, acc, top, total, attn.scale,
+        capacity, g, n // g, w, w2, wv, keys[0].stride(2), keys[-1].stride(2), *wide, N, same or rotates(attn),
+        attn.cfg.pos == "alibi", rotates(attn), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return acc, top, total
 
@@ -162,6 +204,69 @@ def read(attn: Attention, kept: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         return [kept[0], *kept[latents:]], kept[latents - 1]
     k, v = attn.recall(*kept)
     return [k], v
+
+
+class Product(nn.Module):
+    """x times the transpose of a matrix: what several linear maps of x make together."""
+
+    def __init__(self, matrix: Tensor):
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix)
+
+
+class Share(nn.Module):
+    """One map's share of a Product."""
+
+    def __init__(self, first: int, width: int):
+        super().__init__()
+        self.first, self.width = first, width
+
+    def forward(self, product: Tensor) -> Tensor:
+        return product.narrow(-1, self.first, self.width)
+
+
+def side_by_side(norm: nn.Module, module: nn.Module, run: Callable, x: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Twins of a norm and of what follows it, in which the norm takes the products, too, and the module its shares of them.
+
+    The module is asked by run(x) which of its linear maps take x itself. Their weights become views of one matrix.
+    """
+    twin, found = copy.copy(module), []
+
+    def note(child: nn.Module, args: tuple) -> None:
+        if args[0] is x:
+            found.append(child)
+
+    linears = {child: name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    hooks = [child.register_forward_pre_hook(note) for child in linears]
+    run(x)
+    for hook in hooks:
+        hook.remove()
+    weights = [child.weight for child in found]
+    joint, ends = weights[0].data, [w.data_ptr() + w.nbytes for w in weights]
+    apart = any(w.data_ptr() != end for w, end in zip(weights[1:], ends, strict=False))
+    if apart or joint.untyped_storage().data_ptr() != weights[-1].untyped_storage().data_ptr():
+        joint = torch.cat([w.data for w in weights])
+        for w, rows in zip(weights, joint.split([len(w) for w in weights]), strict=True):
+            w.data = rows
+    (rows, H), first, twin._modules = (sum(map(len, weights)), joint.shape[1]), 0, dict(module._modules)
+    for child in found:
+        twin._modules[linears[child]] = Share(first, len(child.weight))
+        first += len(child.weight)
+    return nn.Sequential(norm, Product(joint.as_strided((rows, H), (H, 1)))), twin
+
+
+def joined(block: Block) -> Block:
+    """The block with the matrices that follow each of its norms side by side."""
+    twin, attn, x = copy.copy(block), block.attn, block.attn_norm.weight.new_zeros(1, 1, block.attn.cfg.dim)
+    pos, twin._modules = torch.zeros(1, dtype=torch.long, device=x.device), (parts := dict(block._modules))
+    if attn.cfg.attn != "fpba":  # it has no such matrices
+        both = side_by_side(block.attn_norm, attn, lambda x: (attn.query(x, pos), attn.remember(x, pos)), x)
+        parts["attn_norm"], parts["attn"] = both
+    parts["ffn_norm"], parts["ffn"] = side_by_side(block.ffn_norm, block.ffn, block.ffn, x)
+    return twin
 
 
 def begin(block: Block, x: Tensor, pos: Tensor, kept: list[Tensor]) -> Tensor:
@@ -206,6 +311,7 @@ class Decoder:
     belong to a cache's tensors: a new cache means a new capture (a fraction of a second), unless it lies where the last
     one lay, as it does when one text is sampled after the other. The logits are overwritten by the next call.
     tune: let torch.compile try out kernels for batches of one (tens of seconds, once).
+    Compiled, it lays weights side by side: the model's parameters keep their values and become views of larger tensors.
     Raises ValueError for experts, whose routing waits for the host, and when the cache or the context is full.
     """
 
@@ -213,15 +319,16 @@ class Decoder:
         cfg, cuda = model.cfg, model.embed.weight.is_cuda
         if cfg.n_expert:
             raise ValueError("experts are routed by the host: decode this model eagerly")
-        rotates = cfg.attn == "mfa_kr" and cfg.pos == "rope" and cfg.key_reuse_rope == "pre"
-        usable = triton is not None and cuda and not rotates and model.embed.weight.dtype != torch.float64
+        usable = triton is not None and cuda and model.embed.weight.dtype != torch.float64
         self.attention = attention or ("triton" if usable else "sdpa")
-        self.model, self.cuda, self.captures = model, cuda, 0
+        self.model, self.blocks, self.cuda, self.captures = model, list(model.blocks), cuda, 0
         self.read, self.between = read, between
         if (cuda and triton is not None) if compiled is None else compiled:
+            with torch.no_grad():
+                self.blocks = [joined(block) for block in model.blocks]
             self.between = fuse(between, tune)
-            self.read = fuse(read) if rotates else read
-        self.cache, self.lies, self.replay = None, None, None
+            self.read = fuse(read) if rotates(model.blocks[0].attn) else read
+        self.cache, self.lies, self.replay, self.table = None, None, None, None
 
     @torch.no_grad()
     def __call__(self, model: GPT, new: Tensor, cache: KVCache) -> Tensor:
@@ -255,10 +362,12 @@ class Decoder:
             self.lies, self.replay = lies, None
             self.new = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=device)
             self.pos = torch.zeros(1, dtype=torch.long, device=device)
+            if self.attention == "triton" and rotates(self.blocks[0].attn):
+                self.table = rotary_table(self.blocks[0].attn, cache.capacity, cache.layers[0][0])
 
     def steps(self) -> Iterator[tuple[int, Tensor]]:
         """The step with holes: yields (layer, q) wherever attention is due, is sent its result, leaves self.logits."""
-        blocks, layers, pos = self.model.blocks, self.cache().layers, self.pos
+        blocks, layers, pos = self.blocks, self.cache().layers, self.pos
         x = self.model.embed(self.new)  # (B, 1, H)
         q = begin(blocks[0], x, pos, layers[0])
         for i in range(1, len(blocks)):
@@ -271,7 +380,7 @@ class Decoder:
     def attend(self, layer: int, q: Tensor) -> tuple[Tensor, ...]:
         attn, kept = self.model.blocks[layer].attn, self.cache().layers[layer]
         if self.attention == "triton":
-            return attend_triton(attn, q, kept, self.pos)
+            return attend_triton(attn, q, kept, self.pos, self.table)
         return (attend_sdpa(attn, q, kept, self.length, self.read),)
 
     def run(self) -> None:

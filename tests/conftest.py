@@ -1,8 +1,13 @@
 """What tests of several files ask for by name."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before experiments/decode.py is imported: its kernel then runs on a CPU
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +25,6 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Small models are faster on one thread, and tests of speed-less things need no more."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

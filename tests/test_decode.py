@@ -9,9 +9,11 @@ import bench_decode
 import decode
 import pytest
 import torch
-from attentions import ALL, MAIN, POSITIONS, difference, gpt, tokens
+from attentions import ALL, MAIN, POSITIONS, READINGS, difference, gpt, tokens
 from decode import Decoder
 from runs import command
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from mfa import GPT, KVCache, preset
 
@@ -158,6 +160,61 @@ def test_all_layers_and_all_batches_above_one_share_a_compilation(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(
+    ("case", "products"),  # besides O, W_2, and those on a latent: the joint one of W_1 and W_3, and the one named
+    [("mha", 4), ("gqa", 4), ("mfa", 5), ("mfa_kr gated post", 6), ("mla joint straight query", 4)],
+)
+def test_matrices_of_one_vector_take_one_product(case, products):
+    """MHA: q k v | o | w1 w3 | w2. MFA: s_q s_k s_v | q | ... MFA-KR also N. MLA: q q_rope s_kv k_rope."""
+    counted = []
+
+    def count(graph, _):
+        counted.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    model = gpt(case, n_layer=2)
+    idx, kept = tokens(model.cfg, B=3, T=7), {name: p.clone() for name, p in model.state_dict().items()}
+    expected = logits(model, idx)
+    step = Decoder(model, compiled=True)
+    step.between = torch.compile(decode.between, dynamic=True, fullgraph=True, backend=aot_autograd(fw_compiler=count))
+    assert difference(logits(model, idx, step), expected) < 1e-13
+    assert counted == [products]
+    assert all(torch.equal(kept[name], p) for name, p in model.state_dict().items())
+    torch.compiler.reset()
+
+
+def test_weights_are_laid_side_by_side_once():
+    model = gpt("mfa")
+    first, second = Decoder(model, compiled=True), Decoder(model, compiled=True)
+    for a, b in zip(first.blocks, second.blocks, strict=True):
+        assert a.attn_norm[1].matrix.data_ptr() == b.attn_norm[1].matrix.data_ptr() == model.blocks[a.attn.layer].attn.s_q.weight.data_ptr()
+    model.load_state_dict({name: torch.randn_like(p) for name, p in model.state_dict().items()})
+    idx = tokens(model.cfg)
+    assert difference(logits(model, idx, Decoder(model)), logits(model, idx)) < 1e-13  # the plain blocks
+    second.between = decode.between  # the joint ones, uncompiled
+    assert difference(logits(model, idx, second), logits(model, idx)) < 1e-13
+
+
+@pytest.mark.skipif(decode.triton is None, reason="needs Triton, which interprets the kernel on a CPU")
+@pytest.mark.parametrize("pos", POSITIONS)
+@pytest.mark.parametrize("case", ["mha", "gqa", "mla", "mla joint", "mfa", *(f"mfa_kr gated {r}" for r in READINGS)])
+def test_the_kernel_computes_attention_on_what_is_filled(case, pos):
+    model = gpt(case, pos, block_size=300).float()
+    layer = model.blocks[0].attn
+    kept = [torch.randn(2, g, 300, w) for g, w in layer.kept]
+    q = torch.randn(2, layer.n_head, 1, sum(k.shape[-1] for k in decode.read(layer, kept)[0]))
+    table = decode.rotary_table(layer, 300, kept[0]) if decode.rotates(layer) else None
+    for length in (1, 100, 299):
+        exact = decode.attend_sdpa(layer, q, kept, length, decode.read)
+        for t in kept:
+            t[:, :, length:] = torch.nan
+        got = decode.merge(*decode.attend_triton(layer, q, kept, torch.tensor([length - 1]), table))
+        assert difference(got, exact) < 1e-5
+        for t in kept:
+            t[:, :, length:] = torch.randn_like(t[:, :, length:])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU
 
@@ -187,17 +244,18 @@ def test_greedy_text_is_the_same_eager_uncached_and_compiled(case):
 
 
 @gpu
-@pytest.mark.parametrize("case", ["mha", "gqa", "mfa", "mla joint", "mfa_kr gated inverse"])
+@pytest.mark.parametrize("case", ["mha", "gqa", "mfa", "mla joint", "mfa_kr gated pre", "mfa_kr gated inverse"])
 def test_the_kernel_agrees_with_sdpa_in_bfloat16(case):
     model = gpt(case, block_size=3000, head_dim=64, latent_dim=128, rope_dim=64).bfloat16().cuda()
     layer = model.blocks[0].attn
     kept = [torch.randn(3, g, 3000, w, device="cuda", dtype=torch.bfloat16) for g, w in layer.kept]
     width = sum(k.shape[-1] for k in decode.read(layer, kept)[0])
     q = torch.randn(3, layer.n_head, 1, width, device="cuda", dtype=torch.bfloat16)
+    table = decode.rotary_table(layer, 3000, q) if decode.rotates(layer) else None
     for length in (1, 100, 2999):
         for t in kept:
             t[:, :, length:] = torch.nan
-        got = decode.merge(*decode.attend_triton(layer, q, kept, torch.tensor([length - 1], device="cuda")))
+        got = decode.merge(*decode.attend_triton(layer, q, kept, torch.tensor([length - 1], device="cuda"), table))
         exact = decode.attend_sdpa(layer, q.double(), kept, length, decode.read)
         assert ((got - exact).norm() / exact.norm()).item() < 1e-2
         for t in kept:
@@ -227,7 +285,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decode")
     (folder / "model.py").write_text(NANOGPT, encoding="utf-8")
     flags = f"--smoke --device cpu --steps 2 --results {folder}/decode.json --nanogpt {folder}".split()
-    assert command(bench_decode.main, bench_decode.Args, [*flags, "--part", "must", "baby", "grid", "tiny", "plot"]) == 0
+    assert command(bench_decode.main, bench_decode.Args, [*flags, "--part", "must", "profile", "baby", "grid", "tiny", "plot"]) == 0
     return folder, json.loads((folder / "decode.json").read_text(encoding="utf-8"))
 
 
@@ -320,6 +378,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypatc
         ("--device cpu --part must", "--part must: these need a GPU"),
         ("--device tpu", "--device must be cpu or cuda"),
         ("--device cpu --smoke", "--smoke measures a toy"),
+        ("--device cpu --part tiny --only mfo", "--only 'mfo': take any of mfa, mha"),
         ("--device cpu --part tiny --steps 0", "--steps must be at least 1"),
         ("--device cpu --part tiny --nanogpt nowhere", "--nanogpt nowhere: no model.py there"),
         ("--device cpu --part plot --results nowhere.json", "--part plot: nowhere.json is not there"),
