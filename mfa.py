@@ -721,8 +721,8 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # the likeliest is 0: no overflow
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, -math.inf)
     p = logits.softmax(dim=-1)
     if top_p is not None:

@@ -17,7 +17,7 @@ import torch
 
 from mfa import ATTENTION, GPT
 from prepare_data import BadInput, run_command, tokenizer_from
-from train import load_checkpoint, model_from, pick_device, start_of_text
+from train import decoding_kernels, load_checkpoint, model_from, pick_device, start_of_text
 
 
 @dataclass
@@ -117,11 +117,12 @@ def main(args: Sample) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
         sys.stdout.write(args.prompt)
         clock = time.perf_counter()
-        for new in stream:
-            token, made = new.item(), made + 1
-            if token < tokenizer.n_vocab and token != stop:  # train.py --vocab_size may leave room above the tokenizer's ids
-                sys.stdout.write(decoder.decode(tokenizer.to_bytes([token])))
-            sys.stdout.flush()
+        with decoding_kernels(device):
+            for new in stream:
+                token, made = new.item(), made + 1
+                if token < tokenizer.n_vocab and token != stop:  # --vocab_size may leave room above the tokenizer's ids
+                    sys.stdout.write(decoder.decode(tokenizer.to_bytes([token])))
+                sys.stdout.flush()
         seconds += time.perf_counter() - clock
         sys.stdout.write(decoder.decode(b"", final=True) + "\n" + "-" * 40 + "\n")
 

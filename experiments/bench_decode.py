@@ -32,12 +32,14 @@ from typing import Literal
 
 import decode as engine
 import torch
-from decode import BACKENDS, Decoder, attend_sdpa, attend_triton, read, rotary_table, rotates
+from decode import Decoder, attend_sdpa, attend_triton, read, rotary_table, rotates
+from gpu_time import kernel_times
 from provenance import ROOT, provenance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfa import ATTENTION, GPT, Config, KVCache, preset
 from prepare_data import BadInput, run_command
+from train import decoding_kernels
 
 RESULTS = ROOT / "experiments" / "results" / "decode.json"
 # (attention, mode): the three that the targets name come first. Mode: MFA-KR's key_reuse_rope, MLA's joint latent.
@@ -129,7 +131,8 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
     def allocated(self) -> int:
-        return torch.cuda.memory_allocated() if self.cuda else 0
+        """Bytes asked of PyTorch's allocator and not given back; it may round up what it hands out."""
+        return torch.cuda.memory_stats()["requested_bytes.all.current"] if self.cuda else 0
 
     def free(self) -> int:
         """Bytes that may be allocated; on a CPU, where only --smoke comes here, a megabyte."""
@@ -288,9 +291,6 @@ def must(bench: Bench) -> None:
         del model
 
 
-GROUPS = {"attention": ("attend_kernel", "flash", "fmha"), "matrix products": ("gemm", "nvjet", "gemv", "splitK", "cutlass")}
-
-
 def profile(bench: Bench) -> None:
     """Microseconds of every kernel in one step of the must cell, by name; "idle" is what no kernel accounts for."""
     batch, context = bench.must
@@ -304,19 +304,8 @@ def profile(bench: Bench) -> None:
         new, steps = torch.zeros(batch, 1, dtype=torch.long, device=bench.device), 5
         cache.length = context - 3 * steps
         ms = bench.median(lambda d=decoder, m=model, n=new, c=cache: d(m, n, c), steps)
-        with torch.profiler.profile() as recorded:
-            for _ in range(steps):
-                decoder(model, new, cache)
-            bench.clean()
-        kernels = [
-            dict(name=e.key[:120], us=e.self_device_time_total / steps, calls=e.count / steps)
-            for e in recorded.key_averages()
-            if e.device_type == torch.autograd.DeviceType.CUDA and e.self_device_time_total
-        ]
-        kernels.sort(key=lambda k: -k["us"])
-        groups = {g: sum(k["us"] for k in kernels if any(w in k["name"] for w in words)) for g, words in GROUPS.items()}
-        groups["other"] = sum(k["us"] for k in kernels) - sum(groups.values())
-        groups["idle"] = 1000 * ms - sum(k["us"] for k in kernels)
+        groups, kernels = kernel_times(lambda d=decoder, m=model, n=new, c=cache: d(m, n, c), steps)
+        groups["idle"] = 1000 * ms - sum(groups.values())
         found["steps"].append(dict(attn=attn, mode=mode, ms=ms, us=groups, kernels=kernels[:20]))
         bench.write()
         print(f"{NAMES[attn, mode]}: {ms:.2f} ms = " + ", ".join(f"{g} {us:,.0f} us" for g, us in groups.items()), flush=True)
@@ -431,7 +420,8 @@ def baby(bench: Bench) -> None:
     def ours(cfg: Config, **how) -> dict:
         model = bench.model(cfg)
         decoder = Decoder(model, **how) if how else None
-        result = timed(lambda: model.generate(start, length, temperature=0.8, top_k=200, decode=decoder))
+        with decoding_kernels(bench.device):
+            result = timed(lambda: model.generate(start, length, temperature=0.8, top_k=200, decode=decoder))
         size = KVCache(model, 1, 1).nbytes() * context
         return result | {"counts_bytes": size} | ({"captures": decoder.captures} if decoder else {})
 
@@ -530,7 +520,7 @@ def kernels(bench: Bench) -> None:
                 what = "triton TILE {} WARPS {} STAGES {} PER_SM {}".format(*constants)
                 report(what, lambda a=layer, q=q, k=kept, p=pos, t=angles: attend_triton(a, q, k, p, t))
             engine.TILE, engine.WARPS, engine.STAGES, engine.PER_SM = usual
-        for backend in (*BACKENDS[:2], SDPBackend.CUDNN_ATTENTION):
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             with sdpa_kernel(backend):
                 report(backend.name.lower(), lambda a=layer, q=q, k=kept: attend_sdpa(a, q, k, context, read))
         lengths = iter(range(context - 100, context))

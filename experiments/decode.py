@@ -29,9 +29,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfa import GPT, MLA, Attention, Block, KVCache, alibi, rotate
+from train import decoding_kernels
 
 try:
     import triton
@@ -190,9 +190,6 @@ def attend_sdpa(attn: Attention, q: Tensor, kept: list[Tensor], length: int, rea
     return F.scaled_dot_product_attention(q, k, v, mask, scale=attn.scale).reshape(B, n, 1, -1)
 
 
-# FlashAttention cuts the keys into parts. cuDNN is left out: it plans anew for each length (bench_decode.py --part kernels).
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What stands around it. Shapes: x (B, 1, H), q (B, n, 1, w), pos (1,), kept: a layer's tensors of the cache.
 
@@ -296,6 +293,15 @@ def between(block: Block, following: Block, x: Tensor, y: tuple[Tensor, ...], po
     return x, begin(following, x, pos, kept)
 
 
+def start(embed: nn.Module, first: Block, new: Tensor, pos: Tensor, kept: list[Tensor]):
+    x = embed(new)  # (B, 1, H)
+    return x, begin(first, x, pos, kept)
+
+
+def end(last: Block, norm: nn.Module, head: nn.Module, x: Tensor, y: tuple[Tensor, ...], pos: Tensor) -> Tensor:
+    return head(norm(finish(last, x, y, pos)))[:, -1]  # (B, vocab_size)
+
+
 @functools.cache
 def fuse(function: Callable, tune: bool = False) -> Callable:
     """Compiled; dynamic: once for all batches above 1 and all capacities, once more for a batch of 1."""
@@ -322,11 +328,11 @@ class Decoder:
         usable = triton is not None and cuda and model.embed.weight.dtype != torch.float64
         self.attention = attention or ("triton" if usable else "sdpa")
         self.model, self.blocks, self.cuda, self.captures = model, list(model.blocks), cuda, 0
-        self.read, self.between = read, between
+        self.read, self.start, self.between, self.end = read, start, between, end
         if (cuda and triton is not None) if compiled is None else compiled:
             with torch.no_grad():
                 self.blocks = [joined(block) for block in model.blocks]
-            self.between = fuse(between, tune)
+            self.start, self.between, self.end = (fuse(piece, tune) for piece in (start, between, end))
             self.read = fuse(read) if rotates(model.blocks[0].attn) else read
         self.cache, self.lies, self.replay, self.table = None, None, None, None
 
@@ -344,7 +350,7 @@ class Decoder:
         self.pos.fill_(cache.length)
         self.length = cache.length + 1
         if self.replay is None:
-            with sdpa_kernel(BACKENDS, set_priority=True):
+            with decoding_kernels(self.pos.device):
                 self.run()  # compiles
                 if self.cuda:
                     self.capture()  # computes nothing
@@ -367,15 +373,13 @@ class Decoder:
 
     def steps(self) -> Iterator[tuple[int, Tensor]]:
         """The step with holes: yields (layer, q) wherever attention is due, is sent its result, leaves self.logits."""
-        blocks, layers, pos = self.blocks, self.cache().layers, self.pos
-        x = self.model.embed(self.new)  # (B, 1, H)
-        q = begin(blocks[0], x, pos, layers[0])
+        model, blocks, layers, pos = self.model, self.blocks, self.cache().layers, self.pos
+        x, q = self.start(model.embed, blocks[0], self.new, pos, layers[0])
         for i in range(1, len(blocks)):
             y = yield i - 1, q
             x, q = self.between(blocks[i - 1], blocks[i], x, y, pos, layers[i])
         y = yield len(blocks) - 1, q
-        x = finish(blocks[-1], x, y, pos)
-        self.logits = self.model.head(self.model.norm(x))[:, -1]  # (B, vocab_size)
+        self.logits = self.end(blocks[-1], model.norm, model.head, x, y, pos)  # (B, vocab_size)
 
     def attend(self, layer: int, q: Tensor) -> tuple[Tensor, ...]:
         attn, kept = self.model.blocks[layer].attn, self.cache().layers[layer]
@@ -412,7 +416,7 @@ class Decoder:
             pieces.append((graph, due, y[0]))
 
         def replay():
-            with sdpa_kernel(BACKENDS, set_priority=True):
+            with decoding_kernels(self.pos.device):
                 for piece, due, place in pieces:
                     piece.replay()
                     place.copy_(self.attend(*due)[0])

@@ -1,0 +1,30 @@
+"""Where the GPU's time goes in a piece of work: kernel_times."""
+
+from collections.abc import Callable
+
+import torch
+
+GROUPS = {
+    "attention": ("attend_kernel", "flash", "fmha", "sdpa"),
+    "matrix products": ("gemm", "nvjet", "gemv", "splitK", "cutlass"),
+}
+
+
+def kernel_times(work: Callable[[], object], n: int) -> tuple[dict[str, float], list[dict]]:
+    """Microseconds of a call of work, over n calls, by kind of kernel, and for each kernel, the longest first.
+
+    The kinds: attention, matrix products, other. A kernel: name, us, calls.
+    """
+    with torch.profiler.profile() as recorded:
+        for _ in range(n):
+            work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    kernels = [
+        dict(name=event.key[:120], us=event.self_device_time_total / n, calls=event.count / n)
+        for event in recorded.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.self_device_time_total
+    ]
+    kernels.sort(key=lambda kernel: -kernel["us"])
+    groups = {kind: sum(k["us"] for k in kernels if any(w in k["name"] for w in words)) for kind, words in GROUPS.items()}
+    return groups | {"other": sum(k["us"] for k in kernels) - sum(groups.values())}, kernels
