@@ -1,30 +1,157 @@
-"""README.md: every command in it is one that its program takes. What they do is tested where they are tested."""
+"""The commands of the READMEs and the walkthrough: each is run in a copy of the tree, as a user would, or NOT_RUN says why not.
+
+Here they are shown to work; that what they do is right, other tests show. A command changed here is said so: RUN, INSTEAD.
+"""
 
 import importlib
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from prepare_data import run_command
 
+markdown_it = pytest.importorskip("markdown_it")
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md"))
-# python x.py --flags or torchrun --n=8 x.py --flags, up to a comment, the end of a code span, or &&
-FOUND = sorted(set(re.findall(r"(?:python|torchrun [^`\n]*?) ((?:experiments/)?\w+\.py(?: [^`#&\n]*)?)", TEXT)))
-TYPES = {"train": "Train", "sample": "Sample", "prepare_data": "Args", "bench_train": "Bench"}
+DOCUMENTS = ["README.md", "data/README.md", "experiments/README.md", "notebooks/README.md", "docs/walkthrough.md"]
+
+QUICK = "--max_iters 2 --eval_interval 2 --eval_tokens 600 --batch_size 2"
+TOY = f"{QUICK} --batch_size 32 --n_layer 1 --dim 64 --head_dim 16 --block_size 32"
+# Command, in the order of the documents: what is added to it, and what it prints. Of a flag given twice the last counts.
+RUN = {
+    "python docs/build.py": ("", "docs/index.html: "),
+    "python train.py --attn mfa_kr": (QUICK, "6.25% of MHA's"),
+    'python sample.py --prompt "ROMEO:"': ("--max_new_tokens 20", "out/tiny-mfa_kr/best.pt: mfa_kr, step 2"),
+    "python train.py --attn mfa": (QUICK, "12.50% of MHA's"),
+    "python train.py --attn mfa_kr --key_reuse_rope post --out out/post": (QUICK, "in out/post: best.pt"),
+    "python train.py --attn mfa --resume": ("--max_iters 4", "resumed at step 2"),
+    "python train.py --preset baby --dataset tinyshakespeare": (f"{QUICK} --n_layer 1", "in out/baby-mfa: best.pt"),
+    "python train.py --file my_notes.txt --tokenizer byte --out out/notes": (QUICK, "text: file-my_notes-byte"),
+    "python prepare_data.py --dataset python --tokenizer bpe": ("", "vocabulary: 8,192 tokens"),
+    'python sample.py --prompt "ROMEO:" --top_p 0.9 --no-cache': ("--max_new_tokens 20", ", no cache"),
+    "python experiments/paper.py": ("", "Table 8"),
+    "torchrun --nproc_per_node=8 train.py --preset small --tokenizer gpt2 --dataset wikitext-2 --resume": (
+        TOY,
+        "in out/small-mfa: best.pt",
+    ),
+    "python experiments/run.py --study all --dry_run": ("", "still to make: "),
+    "python experiments/plot.py": ("", "experiments/README.md: "),
+    "python notebooks/build.py 04": ("", "04_mfa_solutions.ipynb: "),
+    "python notebooks/build.py --check": ("", ""),
+}
+# What stands in a command that is run, and what is run instead.
+INSTEAD = {
+    "--dataset tinyshakespeare": "--dataset shakespeare",  # that is a download, this is embedded
+    "--tokenizer gpt2 --dataset wikitext-2": "--tokenizer byte --dataset shakespeare",  # so is all of that
+    "--nproc_per_node=8": "--nproc_per_node=2 --standalone",  # two processes on a CPU (gloo), at a port that is free
+}
+NOT_RUN = {
+    "O_i = sum_c sum_{j<=i} softmax_j(scale * x_i W_c x_j^T) x_j U_c": "a formula",
+    "pip install -e .": "the copy is put on PYTHONPATH; .ci/run installs",
+    'pip install -e ".[dev]"': ".ci/run does it",
+    "python -m pytest": ".ci/run does it, or you do",
+    "uv run train.py --attn mfa_kr": "makes an environment of its own: downloads",
+    "python experiments/bench_train.py --nanogpt FOLDER --part small": "needs a checkout of nanoGPT and a GPU",
+    "python experiments/run.py --study all --source DIR --jobs 2": "needs the text of pg-books, and hours of a GPU",
+    "python experiments/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
+    "python experiments/run.py --study all --smoke": "tests/test_study.py does it",
+    "python notebooks/build.py": "a minute and more; .ci/run executes every notebook",
+    "python -m pytest --nbmake --nbmake-timeout=120 notebooks": ".ci/run does it",
+}
 
 
-def test_there_are_commands():
-    assert len(FOUND) >= 10 and any(command.startswith("train.py --attn mfa_kr") for command in FOUND)
+def commands(markdown: str) -> list[str]:
+    """Every line of a code block, and every code span that begins with a program's name; without comments, parted at &&."""
+    tokens = markdown_it.MarkdownIt("commonmark").parse(markdown)
+    lines = []
+    for token in tokens:
+        if token.type in ("code_block", "fence"):
+            lines += token.content.splitlines()
+        spans = [child.content for child in token.children or [] if child.type == "code_inline"]
+        lines += [span for span in spans if re.match(r"(python3?|pip|uvx?|torchrun|git|bash|curl) ", span)]
+    parts = [part for line in lines for part in re.sub(r"(^|\s)#.*", "", line).split("&&")]
+    return [part.strip() for part in parts if part.strip()]
 
 
-@pytest.mark.parametrize("command", FOUND)
-def test_a_command_of_the_readme_is_taken(command, tmp_path, monkeypatch):
-    script, *argv = shlex.split(command)
+FOUND = {name: commands((ROOT / name).read_text(encoding="utf-8")) for name in DOCUMENTS}
+EACH_ONCE = list(dict.fromkeys(command for found in FOUND.values() for command in found))
+
+
+def as_run(command: str) -> str:
+    run, added = command, RUN[command][0]
+    for shown, instead in INSTEAD.items():
+        run = run.replace(shown, instead)
+    return f"{run} {added}".strip()
+
+
+def test_what_a_command_is():
+    markdown = "a\n\n    pip install x && python y.py  # why\n    # no\n\n```\nz --n=1\n```\n`uv run y.py` makes `y.py`\n\n- b\n\n      c d\n"
+    assert commands(markdown) == ["pip install x", "python y.py", "z --n=1", "uv run y.py", "c d"]
+
+
+def test_every_command_is_run_in_its_order_or_has_a_reason():
+    assert [command for command in EACH_ONCE if command not in NOT_RUN] == list(RUN)
+    assert set(NOT_RUN) <= set(EACH_ONCE), "a reason for a command that no document has"
+    assert all(any(shown in command for command in RUN) for shown in INSTEAD), "a replacement for nothing"
+
+
+def follow(commands: list[str], place: Path) -> dict[str, subprocess.CompletedProcess]:
+    """Type the commands one after the other in a new copy of the tree, on a machine without a GPU."""
+    caches = shutil.ignore_patterns("__pycache__", ".*")
+    for folder in ("docs", "experiments", "notebooks"):
+        shutil.copytree(ROOT / folder, place / folder, ignore=caches)
+    (place / "data").mkdir()
+    for path in (*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "data" / "shakespeare.txt"):
+        shutil.copy(path, place / path.relative_to(ROOT))
+    (place / "my_notes.txt").write_text("Buy milk. Read the paper again.\n" * 100, encoding="utf-8")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(words: list[str]) -> subprocess.CompletedProcess:
+        how = dict(capture_output=True, text=True, encoding="utf-8", timeout=120)
+        try:
+            return subprocess.run(words, cwd=place, env=environment, **how)
+        except (OSError, subprocess.TimeoutExpired) as e:  # the others still have their turn
+            return subprocess.CompletedProcess(words, 1, "", str(e))
+
+    return {command: run(shlex.split(as_run(command))) for command in commands}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """All of RUN: two documents at a time, each in a copy of its own."""
+    first = {command: name for name in reversed(DOCUMENTS) for command in FOUND[name]}
+    todo = [[command for command in RUN if first.get(command) == name] for name in DOCUMENTS]
+    todo = [commands for commands in todo if commands]
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(follow, todo, [tmp_path_factory.mktemp("copy") for _ in todo]))
+    return {command: process for part in done for command, process in part.items()}
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_works(command, ran):
+    done = ran[command]
+    assert done.returncode == 0, f"{as_run(command)}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    assert RUN[command][1] in done.stdout
+
+
+# `python x.py --flags`, but for notebooks/build.py, which is run and has no run_command
+PROGRAM = re.compile(r"(?:python|uv run|torchrun .*?) ((?:experiments/)?\w+\.py.*)")
+OTHERWISE = [c for c in EACH_ONCE if PROGRAM.match(c) and (c in NOT_RUN or any(shown in c for shown in INSTEAD))]
+FLAGS = {"train": "Train", "sample": "Sample", "bench_train": "Bench"}  # the class of a program's flags, where it is not Args
+
+
+@pytest.mark.parametrize("command", OTHERWISE)
+def test_what_is_not_run_as_it_stands_is_taken_by_its_program(command, tmp_path, monkeypatch):
+    script, *argv = shlex.split(PROGRAM.match(command)[1])
     monkeypatch.chdir(tmp_path)  # --resume looks for no run of ours
     module = importlib.import_module(Path(script).stem)
     got = []
-    run_command(got.append, getattr(module, TYPES.get(module.__name__, "Args")), argv, getattr(module, "defaults", None))
+    run_command(got.append, getattr(module, FLAGS.get(module.__name__, "Args")), argv, getattr(module, "defaults", None))
     assert len(got) == 1
