@@ -46,6 +46,23 @@ def test_the_page_and_the_readme_are_what_the_script_makes(build):
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python docs/build.py"
 
 
+def test_check_names_what_is_out_of_date_and_writes_nothing(build, monkeypatch):
+    build.main(build.Args(check=True))  # nothing is
+    before = INDEX.read_bytes()
+    monkeypatch.setattr(build, "built", lambda: {INDEX: "another page"})
+    with pytest.raises(BadInput, match="docs/index.html is not up to date"):
+        build.main(build.Args(check=True))
+    assert INDEX.read_bytes() == before
+
+
+def test_a_figure_typed_into_a_made_block_is_out_of_date():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert figures.with_table(readme) == readme
+    for name in ("results", "training"):
+        head, tail = figures.between(readme, name)
+        assert figures.with_table(f"{head}\n1.05\n{tail}") == readme
+
+
 def test_it_is_fifteen_minutes_of_reading(build):
     assert 2500 <= build.words((DOCS / "walkthrough.md").read_text(encoding="utf-8")) <= 3500
 
@@ -130,8 +147,6 @@ def markdown_links(text: str) -> tuple[list[str], list[str]]:
 )
 def test_every_relative_link_resolves(name):
     path = ROOT / name
-    if not path.exists():
-        pytest.skip(f"there is no {name}")
     links, ids = markdown_links(path.read_text(encoding="utf-8"))
     assert broken_links(path, links, ids) == []
 
@@ -155,6 +170,15 @@ def test_a_broken_link_is_found():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+
+
+def test_what_is_typed_beside_the_figure_and_of_the_kills_is_in_the_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    largest = [row for row in figures.read_decode()["largest_batch"] if row["context"] == figures.CONTEXT and "batch" in row]
+    mha, mfa, reused = (max(row["batch"] for row in largest if row["attn"] == attn) for attn in ("mha", "mfa", "mfa_kr"))
+    assert f"MHA {mha} sequences of 16k tokens, MFA {mfa}, MFA-KR {reused}](experiments/results/decode_largest.png)" in readme
+    killed = json.loads((figures.RESULTS / "kill_test.json").read_text(encoding="utf-8"))
+    assert f"{killed['kills']} SIGKILLs" in readme and not killed["unreadable_files"] and killed["identical_to_uninterrupted"]
 
 
 def run(arm, seed, ppl, share, times=1):
