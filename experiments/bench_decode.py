@@ -452,9 +452,9 @@ def baby(bench: Bench) -> None:
     else:
         print("baby: without --nanogpt nothing to compare with", flush=True)
     sizes = dict(block_size=context) if not bench.args.smoke else dict(block_size=context, n_layer=2, dim=32, head_dim=16)
-    for attn, mode in [("mfa", ""), ("mha", ""), ("mfa_kr", "post")]:
+    for attn, mode in [v for v in (("mfa", ""), ("mha", ""), ("mfa_kr", "pre"), ("mfa_kr", "post")) if v in bench.variants]:
         fields = sizes | ({"key_reuse_rope": mode} if mode else {})
-        ways = {"eager": {}, "graphs": dict(compiled=False), "graphs, compiled": dict(compiled=True)}
+        ways = {"graphs, compiled": dict(compiled=True), "graphs": dict(compiled=False), "eager": {}}
         if bench.args.tune:
             ways["graphs, compiled, tuned"] = dict(compiled=True, tune=True)
         if not bench.cuda:

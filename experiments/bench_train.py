@@ -1,11 +1,12 @@
 """Training speed and quality beside nanoGPT, unmodified, in the same run: python experiments/bench_train.py --nanogpt FOLDER
 
-FOLDER is a checkout of karpathy/nanoGPT. Three parts; each adds its entry to experiments/results/train.json as it ends:
+FOLDER is a checkout of karpathy/nanoGPT. Four parts; each writes its entry of experiments/results/train.json as it goes:
 
     small    124M parameters, 32 x 1024 tokens a step, compiled, random tokens: steps of nanoGPT, of our MHA and of our
              MFA in turn on one GPU; the median, the peak of memory, the share of the card's own bf16 matrix rate
-    baby     tinyshakespeare: each trainer as its own command with its own recipe; seconds from the end of the first
-             (compiling) step to the first validation loss of 1.48, evaluations included; best loss over seeds
+    baby     tinyshakespeare: each trainer as its own command with its own recipe, one at a time; seconds from the end of
+             the first (compiling) step to the first validation loss of 1.48, evaluations included
+    seeds    the baby preset's best validation loss over seeds, side by side on the card
     cpu      nanoGPT's recipe for a CPU against our tiny preset: seconds to 1.88, whole commands; then tokens/s at
              nanoGPT's own size and batch, steps in turn
 """
@@ -38,10 +39,12 @@ from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_f
 from train import (
     Train,
     attention_kernels,
+    cache_bytes,
     keep_memory,
     loss_function,
     make_optimizer,
     match_params,
+    mha_of,
     pick_device,
     write_atomically,
 )
@@ -58,8 +61,8 @@ class Bench:
 
     nanogpt: Path
     """A checkout of karpathy/nanoGPT."""
-    part: Literal["small", "baby", "cpu"] = "cpu"
-    """What to measure: small and baby want a GPU, cpu two quiet cores."""
+    part: Literal["small", "baby", "seeds", "cpu"] = "cpu"
+    """What to measure: small, baby and seeds want a GPU, cpu two quiet cores."""
     source: Path | None = None
     """tinyshakespeare's text, where it cannot be downloaded."""
     data_dir: Path = DATA
@@ -67,7 +70,11 @@ class Bench:
     results: Path = ROOT / "experiments" / "results" / "train.json"
     """The file to add to."""
     seeds: int = 3
-    """Seeds of each attention in part baby."""
+    """Seeds of each attention in part seeds."""
+    first_seed: int = 1337
+    """The first of them."""
+    preset_flags: str = ""
+    """Part seeds: flags of train.py on top of the preset, as --preset_flags="--max_iters 3000"."""
     smoke: bool = False
     """Toy sizes, to see that it runs: the figures mean nothing."""
 
@@ -160,7 +167,8 @@ def flops(cfg: Config) -> float:
     return 6 * (weights + cfg.n_layer * widths * cfg.block_size)
 
 
-TRAINERS = ("nanoGPT", "ours, mha", "ours, mfa", "ours, mfa, 14 heads", "ours, mha, kernels tuned")
+TRAINERS = ("nanoGPT", "ours, mha", "ours, mfa", "ours, mfa, 14 heads")
+TUNED = "ours, mha, kernels tuned"  # measured last, in a round of its own: it compiles for minutes
 
 
 def sizes_of(name: str, smoke: bool) -> Config:
@@ -303,7 +311,6 @@ def nanogpt_copy(folder: Path, text: Path, place: Path) -> Path:
 
 # Recipes for reaching nanoGPT's loss soon, where the preset's is for reaching its own best.
 QUICK = [
-    "--max_iters 600 --learning_rate 3e-3 --dropout 0 --weight_decay 4 --eval_interval 50",
     "--max_iters 500 --learning_rate 3e-3 --dropout 0 --weight_decay 4 --eval_interval 250",
 ]
 NANO_VALIDATION = r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)"
@@ -315,18 +322,18 @@ def ours(args: Bench, out: Path, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *flags, *places]
 
 
+def baby_run(args: Bench, place: Path, attn: str, seed: int, more: str = "", target: float = 1.48) -> dict:
+    toy = "--max_iters 4 --eval_interval 2 --n_layer 1 --dim 64 --eval_tokens 600 --batch_size 4 --log_interval 1"
+    flags = ["--preset", "baby", "--attn", attn, "--seed", str(seed), *more.split(), *(toy.split() if args.smoke else [])]
+    start = r"^compiled" if torch.cuda.is_available() else r"^step +1 "
+    out = Path(tempfile.mkdtemp(dir=place)) / "run"
+    return race(ours(args, out, *flags), place, start, OUR_VALIDATION, target)
+
+
 def baby(args: Bench, text: Path, place: Path) -> dict:
     copy, target = nanogpt_copy(args.nanogpt, text, place), 3.3 if args.smoke else 1.48
-    toy = (
-        "--max_iters 4 --eval_interval 2 --n_layer 1 --dim 64 --eval_tokens 600 --batch_size 4 --log_interval 1"
-        if args.smoke
-        else ""
-    )
-    theirs = (
-        "--max_iters=4 --eval_interval=2 --eval_iters=1 --n_layer=1 --n_embd=48 --batch_size=2 --log_interval=1"
-        if args.smoke
-        else ""
-    )
+    theirs = "--max_iters=4 --eval_interval=2 --eval_iters=1 --n_layer=1 --n_embd=48 --batch_size=2 --log_interval=1"
+    theirs = theirs if args.smoke else ""
     if not torch.cuda.is_available():
         theirs += " --device=cpu --compile=False"
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *theirs.split()]
@@ -334,31 +341,27 @@ def baby(args: Bench, text: Path, place: Path) -> dict:
     print("nanoGPT ...", flush=True)
     result["nanoGPT"] = race(command, copy, r"^iter 0:", NANO_VALIDATION, target, to_end=False)
     print(f"nanoGPT: {result['nanoGPT']['seconds_to_target']} s to {target}", flush=True)
-
-    def run(attn: str, seed: int, more: str = "") -> dict:
-        flags = ["--preset", "baby", "--attn", attn, "--seed", str(seed), *toy.split(), *more.split()]
-        start = r"^compiled" if torch.cuda.is_available() else r"^step +1 "
-        out = place / f"{attn}-{seed}-{len(list(place.glob('*')))}"
-        return race(ours(args, out, *flags), place, start, OUR_VALIDATION, target)
-
-    for attn in ("mfa", "mfa_kr"):  # one at a time: these are the ones that are timed
-        timed = run(attn, 1337)
-        result[attn] = {"timed": timed, "best": [timed["best"]]}
-        print(f"{attn}: {timed['seconds_to_target']} s to {target}, best {timed['best']} at {timed['best_step']}", flush=True)
-        store(args, "baby", result)
     result["quick"] = []
-    for more in QUICK:
-        result["quick"].append({"flags": more, "timed": (timed := run("mfa", 1337, more))})
-        print(f"mfa {more}: {timed['seconds_to_target']} s, best {timed['best']}", flush=True)
+    for attn, more in [*(("mfa", more) for more in QUICK), ("mfa", ""), ("mfa_kr", "")]:
+        timed = baby_run(args, place, attn, 1337, more, target)
+        print(f"{attn} {more}: {timed['seconds_to_target']} s, best {timed['best']} at {timed['best_step']}", flush=True)
+        if more:
+            result["quick"].append({"flags": more, "timed": timed})
+        else:
+            result[attn] = {"timed": timed}
         store(args, "baby", result)
-    jobs = [(attn, 1337 + k) for k in range(1, args.seeds) for attn in ("mfa", "mfa_kr")] + [("mha", 1337)]
-    with ThreadPoolExecutor(len(jobs)) as pool:  # side by side on the card: their losses count, not their times
-        for (attn, _), found in zip(jobs, pool.map(lambda job: run(*job), jobs), strict=True):
-            result.setdefault(attn, {"best": []})["best"].append(found["best"])
-    for attn in ("mha", "mfa", "mfa_kr"):
-        best = result[attn]["best"]
-        print(f"{attn}: best {statistics.mean(best):.4f} over {len(best)} seeds", flush=True)
     return result
+
+
+def seeds(args: Bench, text: Path, place: Path) -> dict:
+    jobs = [(attn, args.first_seed + k) for k in range(args.seeds) for attn in ("mfa", "mfa_kr")]
+    with ThreadPoolExecutor(len(jobs)) as pool:  # side by side: their losses count, not their times
+        found = list(pool.map(lambda job: baby_run(args, place, *job, args.preset_flags), jobs))
+    rows = [
+        {"attn": attn, "seed": seed} | {k: run[k] for k in ("best", "best_step", "curve")}
+        for (attn, seed), run in zip(jobs, found, strict=True)
+    ]
+    return {"flags": args.preset_flags, "rows": rows}
 
 
 def cpu(args: Bench, text: Path, place: Path) -> dict:
@@ -431,18 +434,25 @@ def table(results: dict) -> str:
         lines += [f"baby on tinyshakespeare, {part['device']}:", ""]
         lines += [f"| | seconds to {part['target']} | at step | best validation loss |", "|---|---|---|---|"]
         lines.append(f"| nanoGPT | {reached(part['nanoGPT'])} | {part['nanoGPT']['step_at_target']} | (stopped there) |")
-        for attn in ("mha", "mfa", "mfa_kr"):
-            if attn not in part:
-                continue
-            best, timed = part[attn]["best"], part[attn].get("timed")
-            spread = f" ± {statistics.stdev(best):.4f} ({len(best)} seeds)" if len(best) > 1 else " (one seed)"
-            speed = f"{reached(timed)} | {timed['step_at_target']}" if timed else "not timed |"
-            figures = f"{speed} | {statistics.mean(best):.4f}{spread}"
-            lines.append(f"| ours, {attn} | {figures} |")
         for row in part["quick"]:
             timed = row["timed"]
             figures = f"{reached(timed)} | {timed['step_at_target']} | {timed['best']:.4f}"
             lines.append(f"| ours, mfa, `{row['flags']}` | {figures} |")
+        for attn in ("mfa", "mfa_kr"):
+            if attn in part:
+                timed = part[attn]["timed"]
+                lines.append(f"| ours, {attn} | {reached(timed)} | {timed['step_at_target']} | {timed['best']:.4f} |")
+        lines.append("")
+    if "seeds" in results:
+        part = results["seeds"]
+        flags = f" with `{part['flags']}`" if part["flags"] else ""
+        lines += [f"Best validation loss of the baby preset{flags}, {part['device']}:", ""]
+        lines += ["| | cache, of MHA's | seeds | best, mean | standard deviation |", "|---|---|---|---|---|"]
+        for attn in ("mfa", "mfa_kr"):
+            best, cfg = [row["best"] for row in part["rows"] if row["attn"] == attn], preset("baby", attn)
+            share = cache_bytes(cfg) / cache_bytes(mha_of(cfg))
+            spread = f"{statistics.stdev(best):.4f}" if len(best) > 1 else ""
+            lines.append(f"| {attn} | {share:.2%} | {len(best)} | {statistics.mean(best):.4f} | {spread} |")
         lines.append("")
     if "cpu" in results:
         part = results["cpu"]
@@ -471,7 +481,7 @@ def main(args: Bench) -> None:
             folder = prepare("tinyshakespeare", source=args.source and str(args.source), data_dir=args.data_dir)
             text = Path(temporary) / "input.txt"
             text.write_bytes(whole_text(folder))
-            found = (baby if args.part == "baby" else cpu)(args, text, Path(temporary))
+            found = {"baby": baby, "seeds": seeds, "cpu": cpu}[args.part](args, text, Path(temporary))
     results = store(args, args.part, found)
     print(f"\n{table({args.part: results[args.part]})}\nin {args.results}")
 
