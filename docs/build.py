@@ -181,6 +181,25 @@ def speed(folder: Path) -> str:
     return f'{bars(drawn)}<p class="note">{note}</p>{html_table(head, rows)}'
 
 
+def profile(folder: Path) -> str:
+    """Where the milliseconds of a step go."""
+    found = figures.read_decode(folder).get("profile")
+    if not found:
+        return missing("experiments/results/decode.json", "python experiments/bench_decode.py --part profile")
+    kinds = list(found["steps"][0]["us"])
+    rows = [
+        [mode_name(step["attn"], step["mode"]), *(f"{step['us'][kind] / 1000:.2f}" for kind in kinds)] for step in found["steps"]
+    ]
+    return html_table(["ms of a step in", *kinds], rows)
+
+
+def step_time(folder: Path, mode: str, kernel: str) -> str:
+    """Of MFA-KR."""
+    wanted = dict(model=figures.PRESET, attn="mfa_kr", mode=mode, kernel=kernel, batch=figures.BATCH, context=figures.CONTEXT)
+    rows = [r for r in figures.read_decode(folder)["rows"] if "ms" in r and all(r.get(k) == v for k, v in wanted.items())]
+    return f"{rows[0]['ms']:.1f} ms" if rows else figures.MISSING
+
+
 def largest_batch(folder: Path) -> str:
     """The most sequences that fit, as bars."""
     rows = figures.read_decode(folder)["largest_batch"]
@@ -241,6 +260,10 @@ def values(folder: Path) -> dict[str, str]:
         "calculator": calculator(),
         "perplexity": perplexity(folder),
         "speed": speed(folder),
+        "profile": profile(folder),
+        "pre_torch": step_time(folder, "pre", "sdpa"),
+        "pre_kernel": step_time(folder, "pre", "triton"),
+        "post_kernel": step_time(folder, "post", "triton"),
         "largest_batch": largest_batch(folder),
     }
 

@@ -38,11 +38,11 @@ def device_name(device: torch.device | str) -> str:
 
 
 def provenance(device: torch.device | str = "cpu") -> dict:
-    """command, commit, device, versions and date (UTC) of the process that asks."""
+    """command (absolute paths without their folders), commit, device, versions and date (UTC) of the process that asks."""
     script = Path(sys.argv[0])
     name = script.resolve().relative_to(ROOT).as_posix() if script.resolve().is_relative_to(ROOT) else script.name
     return {
-        "command": " ".join(["python", name, *sys.argv[1:]]),
+        "command": " ".join(["python", name, *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]),
         "commit": commit(),
         "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},

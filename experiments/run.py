@@ -1,7 +1,7 @@
 """Trains the runs of the studies, in the order of studies.QUEUE: python experiments/run.py --study all
 
     python experiments/run.py --study all --dry_run                  # the queue: what is made, and how long the rest takes
-    python experiments/run.py --study all --jobs 2                   # two runs side by side on one GPU
+    python experiments/run.py --study all --jobs 2                   # two runs side by side on each GPU there is
     python experiments/run.py --study all --limit_seconds 3000       # start nothing that would not end in time
     python experiments/run.py --study all --smoke                    # every run at toy size, a minute on a CPU
 
@@ -77,11 +77,11 @@ class Args:
     data_dir: Path = DATA
     """Where prepared corpora are kept."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps ..."""
+    """auto (all GPUs, if there are several), cpu, cuda:1, mps ..."""
     compile: Literal["auto", "blocks", "model", "no"] = "auto"
     """torch.compile: one block, which serves for all of them, or the whole model. auto: blocks, where it pays."""
     jobs: int = 1
-    """Runs side by side: one compiles and evaluates while the other trains."""
+    """Runs side by side on each device: one compiles and evaluates while the other trains."""
     limit_seconds: float = math.inf
     """Start no run that is not likely to end within this time."""
     guess_seconds: float = 60
@@ -136,6 +136,8 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     torch.set_float32_matmul_precision("high")
     began = time.perf_counter()
     device = pick_device(device_name)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # where kernels are compiled and launched
     train_ids, val_ids, meta = data(folder, device)
     val_ids = val_ids[:val_tokens]
     cfg, T = run.cfg, run.cfg.block_size
@@ -232,7 +234,13 @@ def print_queue(args: Args, rows: list[dict], dataset: str, device: str) -> None
         state += ", waits for its learning rates" if task.run.lr is None else ""
         total += seconds * (row is None)
         print(f"{i:4}  {show(task)}  {state}")
-    print(f"still to make: about {total / args.jobs / 60:.0f} minutes")
+    print(f"still to make: about {total / args.jobs / len(devices_of(args.device)) / 60:.0f} minutes")
+
+
+def devices_of(name: str) -> list[str]:
+    """Where runs may go: every GPU for "auto", else the one device."""
+    count = torch.cuda.device_count() if name == "auto" else 0
+    return [f"cuda:{i}" for i in range(count)] if count > 1 else [name]
 
 
 @contextlib.contextmanager
@@ -274,25 +282,27 @@ def main(args: Args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     without_rest(path)
     how = args.compile if args.compile != "auto" else "blocks" if can_compile(device) else "no"
-    failed, going = set(), {}
+    failed, going, devices = set(), {}, devices_of(args.device)  # going: Future -> (task, device)
 
     def following() -> Task | None:
         """The first run of the queue that is not made, can be, and fits into the time."""
-        done, busy = made(rows, dataset), failed | {task.run for task in going.values()}
+        done, busy = made(rows, dataset), failed | {task.run for task, _ in going.values()}
         for task in queue(done, args.study, args.smoke):
             if task.run.lr is not None and task.run not in done and task.run not in busy:
                 if time.perf_counter() - began + estimate(task.run, rows, args, origin["device"]) <= args.limit_seconds:
                     return task
         return None
 
-    with workers(args.jobs) as start:
+    with workers(args.jobs * len(devices)) as start:
         while True:
-            while len(going) < args.jobs and (task := following()):
-                going[start(train_run, task.run, folder, args.device, how, TOY_VAL if args.smoke else None)] = task
+            while len(going) < args.jobs * len(devices) and (task := following()):
+                busy = [device for _, device in going.values()]
+                device = min(devices, key=busy.count)
+                going[start(train_run, task.run, folder, device, how, TOY_VAL if args.smoke else None)] = task, device
             if not going:
                 break
             for future in wait(going, return_when=FIRST_COMPLETED).done:
-                task = going.pop(future)
+                task, _ = going.pop(future)
                 try:
                     found = future.result()
                 except Exception as e:  # out of memory, say: the others go on

@@ -1,8 +1,11 @@
 """The study: its configs are what they claim to be, its queue goes on where it stopped, its tables say what the results say."""
 
+import contextlib
 import json
 import math
 import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import plot
 import pytest
@@ -233,6 +236,32 @@ def test_a_run_that_fails_does_not_stop_the_others(folder, tmp_path, monkeypatch
     monkeypatch.setattr(run, "train_run", no_room)
     assert call(folder.parent, "--study=table6", f"--results={path}") == 1
     assert len(read_results(path)) == 9 and "failed: OutOfMemoryError: no room" in capsys.readouterr().out
+
+
+def test_runs_are_shared_out_over_all_gpus(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run.devices_of("auto") == ["cuda:0", "cuda:1"] and run.devices_of("cuda:1") == ["cuda:1"]
+    used, busy, train_run = Counter(), Counter(), run.train_run
+
+    def noted(r, folder, device, *rest):
+        busy[device] += 1
+        assert busy[device] == 1  # one job for each device
+        used[device] += 1
+        found = train_run(r, folder, "cpu", *rest)
+        busy[device] -= 1
+        return found
+
+    @contextlib.contextmanager
+    def threads(jobs):
+        assert jobs == 2
+        with ThreadPoolExecutor(jobs) as pool:
+            yield pool.submit
+
+    monkeypatch.setattr(run, "devices_of", lambda name: ["one", "other"])
+    monkeypatch.setattr(run, "train_run", noted)
+    monkeypatch.setattr(run, "workers", threads)
+    assert call(folder.parent, "--study=table6", f"--results={tmp_path / 'study.jsonl'}") == 0
+    assert used.total() == 12 and min(used.values()) >= 3
 
 
 @pytest.mark.parametrize("flag", ["--jobs=0", "--limit_seconds=0", "--guess_seconds=-1"])
