@@ -188,7 +188,8 @@ def profile(folder: Path) -> str:
         return missing("experiments/results/decode.json", "python experiments/bench_decode.py --part profile")
     kinds = list(found["steps"][0]["us"])
     rows = [
-        [mode_name(step["attn"], step["mode"]), *(f"{step['us'][kind] / 1000:.2f}" for kind in kinds)] for step in found["steps"]
+        [mode_name(step["attn"], step["mode"]), *(f"{step['us'][kind] / 1000:.2f}" for kind in kinds)]
+        for step in found["steps"]
     ]
     return html_table(["ms of a step in", *kinds], rows)
 
@@ -206,6 +207,7 @@ def largest_batch(folder: Path) -> str:
     rows = [row for row in rows if row["context"] == figures.CONTEXT and "batch" in row]  # else it has an error
     if not rows:
         return missing("experiments/results/decode.json", "python experiments/bench_decode.py")
+    rows.sort(key=lambda row: ORDER.index(row["attn"]))
     found = [(mode_name(row["attn"], row["mode"]), row["attn"], row["batch"], f"{row['batch']:,} sequences") for row in rows]
     return bars(found) + f'<p class="note">The most sequences of {figures.CONTEXT:,} tokens before memory ran out.</p>'
 

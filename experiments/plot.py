@@ -256,6 +256,7 @@ PARTS = {
     "figure3": figure3_part,
     "question_a": question_a_part,
     "question_b": question_b_part,
+    "why": lambda results: main_table(results, "why"),
     "length": length_part,
 }
 
