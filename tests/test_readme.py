@@ -36,7 +36,7 @@ RUN = {
     "python prepare_data.py --dataset python --tokenizer bpe": ("", "vocabulary: 8,192 tokens"),
     'python sample.py --prompt "ROMEO:" --top_p 0.9 --no-cache': ("--max_new_tokens 20", ", no cache"),
     "python experiments/paper.py": ("", "Table 8"),
-    "torchrun --nproc_per_node=8 train.py --preset small --tokenizer gpt2 --dataset wikitext-2 --resume": (
+    "torchrun --nproc_per_node=8 train.py --preset small --tokenizer gpt2 --dataset wikitext-2 --grad_accum 2 --resume": (
         TOY,
         "in out/small-mfa: best.pt",
     ),
@@ -56,6 +56,9 @@ NOT_RUN = {
     "pip install -e .": "the copy is put on PYTHONPATH; .ci/run installs",
     'pip install -e ".[dev]"': ".ci/run does it",
     "python -m pytest": ".ci/run does it, or you do",
+    "python train.py --preset small --tokenizer gpt2 --dataset wikitext-2": "a download; the next one runs with other text",
+    "torchrun --nnodes=8 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py --preset small "
+    "--tokenizer gpt2 --dataset wikitext-2 --grad_accum 1 --resume": "needs eight machines",
     "uv run train.py --attn mfa_kr": "makes an environment of its own: downloads",
     "python experiments/bench_train.py --nanogpt FOLDER --part small": "needs a checkout of nanoGPT and a GPU",
     "python experiments/run.py --study all --source DIR --jobs 2": "needs the text of pg-books, and hours of a GPU",
