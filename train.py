@@ -570,9 +570,6 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
         out.mkdir(parents=True, exist_ok=True)
         if args.resume:
             cut_back(metrics, step if ckpt else -1)
-        else:
-            for old in (latest, best, metrics, out / "loss.png"):
-                old.unlink(missing_ok=True)
 
     def log(**row) -> None:
         if rank == 0:
@@ -619,6 +616,9 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
     with attention_kernels(device), Stop() as stop:
         if not ckpt:
             save(latest)
+        if rank == 0 and not args.resume:  # --overwrite: the old run goes when the new one is there
+            for old in (best, metrics, out / "loss.png"):
+                old.unlink(missing_ok=True)
         clock, n_logged, compiling = time.perf_counter(), step, args.compile
         while step < args.max_iters and not stop.signal:
             for group in optimizer.param_groups:

@@ -518,12 +518,19 @@ def test_resuming_a_finished_run_says_again_how_it_ended(data, tmp_path, capsys)
 
 
 @quick
-def test_a_new_run_refuses_a_folder_that_holds_one_and_overwrite_replaces_it(data, tmp_path):
+def test_a_new_run_refuses_a_folder_that_holds_one_and_overwrite_replaces_it(data, tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(28, "no room")
+
     train(small(data, tmp_path, max_iters=20))
     before = files_below(tmp_path)
     with pytest.raises(BadInput, match="holds a run: --resume continues it, --overwrite replaces it"):
         train(small(data, tmp_path))
     assert files_below(tmp_path) == before
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr(trainer.torch, "save", no_room)
+        train(small(data, tmp_path, overwrite=True))
+    assert files_below(tmp_path) == before  # the old run stays until the new one can be saved
     train(small(data, tmp_path, max_iters=4, eval_interval=100, log_interval=2, overwrite=True))
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 4 and [row["step"] for row in rows(tmp_path)] == [2, 4, 4]
 
