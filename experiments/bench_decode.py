@@ -555,6 +555,28 @@ def quickest(rows: list[dict], **wanted) -> dict | None:
     return min(rows, key=lambda r: r["ms"]) if rows else None
 
 
+def grid_tables(found: dict) -> str:
+    """Everything measured at the paper's 1B shape, in Markdown: tokens/s and the share of the floor, a table for each batch."""
+    rows = [r for r in found.get("rows", []) if r["model"] == "paper-1b"]
+    contexts = sorted({r["context"] for r in rows})
+    lines = []
+    for batch in sorted({r["batch"] for r in rows}):
+        lines += ["", f"| batch {batch}: tokens/s (share of the floor) | {' | '.join(f'{c:,}' for c in contexts)} |"]
+        lines += ["|---" + "|---:" * len(contexts) + "|"]
+        others = [("transformers", attn, "") for attn in ("mha", "gqa") if any(r["engine"] == "transformers" for r in rows)]
+        for engine_name, attn, mode in [*(("ours", *v) for v in NAMES), *others]:
+            cells = []
+            for context in contexts:
+                cell = dict(engine=engine_name, attn=attn, mode=mode, batch=batch, context=context)
+                row = quickest(rows, **cell)
+                full = any(r.get("error") == "the cache does not fit" for r in rows if cell.items() <= r.items())
+                cells.append(f"{row['tokens_per_s']:,.0f} ({row['floor_share']:.0%})" if row else "full" if full else "–")
+            name = NAMES[attn, mode] if engine_name == "ours" else f"transformers' Llama, {attn.upper()}"
+            if set(cells) != {"–"}:
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines).strip() or "not measured"
+
+
 def table(bench: Bench) -> None:
     """The must-show figures, from the file: also those of earlier runs."""
     batch, context = bench.must

@@ -6,6 +6,7 @@ deviation (of the sample, n - 1).
 """
 
 import itertools
+import json
 import os
 import re
 import statistics
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench_decode import grid_tables
 from matplotlib.figure import Figure
 from provenance import ROOT
 from studies import (
@@ -397,6 +399,8 @@ def main(args: Args) -> None:
             link = Path(os.path.relpath(path, args.readme.parent)).as_posix()
             parts[name] = f"![{name}]({link})\n\n{parts[name]}"
             print(path)
+    decode = args.results.with_name("decode.json")
+    parts["decode"] = grid_tables(json.loads(decode.read_text(encoding="utf-8")) if decode.is_file() else {})
     text = fill(args.readme.read_text(encoding="utf-8"), parts)
     write_atomically(args.readme, lambda f: f.write(text.encode()))
     print(f"{args.readme}: {len(results.done)} results")

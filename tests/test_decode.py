@@ -304,6 +304,14 @@ def test_every_part_of_the_benchmark_leaves_its_rows(toy):
     assert not list(folder.glob("*.part"))
 
 
+def test_the_profile_accounts_for_every_millisecond(toy):
+    profile = toy[1]["profile"]
+    assert [(s["attn"], s["mode"]) for s in profile["steps"]] == [("mfa", ""), ("mfa_kr", "post"), ("mfa_kr", "pre"), ("mla", "joint")]
+    assert profile["run"] in toy[1]["runs"]
+    for step in profile["steps"]:
+        assert sum(step["us"].values()) == pytest.approx(1000 * step["ms"])
+
+
 def test_a_row_of_the_benchmark_adds_up(toy):
     for row in (r for r in toy[1]["rows"] if r["model"] == "paper-1b"):
         assert row["cache_bytes"] == row["counts_bytes"]

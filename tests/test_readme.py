@@ -61,7 +61,7 @@ NOT_RUN = {
     "--tokenizer gpt2 --dataset wikitext-2 --grad_accum 1 --resume": "needs eight machines",
     "uv run train.py --attn mfa_kr": "makes an environment of its own: downloads",
     "python experiments/bench_train.py --nanogpt FOLDER --part small": "needs a checkout of nanoGPT and a GPU",
-    "python experiments/run.py --study all --source DIR --jobs 2": "needs the text of pg-books, and hours of a GPU",
+    "python experiments/run.py --study all --source DIR": "needs the text of pg-books, and hours of a GPU",
     "python experiments/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
     "python experiments/run.py --study all --smoke": "tests/test_study.py does it",
     "python notebooks/build.py": "a minute and more; .ci/run executes every notebook",
