@@ -195,7 +195,7 @@ def settle(study: str, arm: str, toy: bool = False) -> tuple[Config, int, int, f
     if toy:
         batch_size, max_iters = 2, 4
         fields |= dict(vocab_size=257, n_layer=2, block_size=fields["block_size"] // 16)
-        fields |= {k: v // 8 for k, v in fields.items() if k.endswith("dim")}
+        fields |= {k: v // 8 for k, v in fields.items() if k.endswith(("dim", "q_rank"))}
     cfg = Config(**fields)
     return match_params(cfg) if a.matched and cfg.attn != "mha" else cfg, batch_size, max_iters, lr
 

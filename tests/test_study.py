@@ -94,8 +94,12 @@ def test_queue():
     tasks = list(queue({}))
     assert len({task.run for task in tasks}) == len(tasks)
     assert {task.study for task in tasks} == set(STUDIES)
-    assert [task.arm for task in tasks[:8]] == list(CORE)
-    assert {(task.run.lr, task.run.seed) for task in tasks[:8]} == {(2e-3, 0)}
+    first = [*studies.AT_30M, *studies.WHY]  # which start, before what is compared from it
+    assert [task.arm for task in tasks[: len(first)]] == first
+    assert {(task.run.lr, task.run.seed) for task in tasks[: len(first)]} == {(2e-3, 0)}
+    figure1 = list(queue({}, "figure1"))
+    assert [task.arm for task in figure1[:8]] == list(CORE)
+    assert {(task.run.lr, task.run.seed) for task in figure1[:8]} == {(2e-3, 0)}
     planned = {task.run for task in tasks}
     for study, arm in EVERYTHING:
         assert run_for(study, arm, 1, 0) in planned
@@ -298,8 +302,8 @@ def test_the_readme_shows_the_committed_results(tmp_path):
     """python experiments/plot.py was run after the last change of results, tables or arms."""
     readme, results = tmp_path / "README.md", tmp_path / "results" / "study.jsonl"
     results.parent.mkdir()
-    if studies.RESULTS.exists():
-        shutil.copy(studies.RESULTS, results)
+    for name in ("study.jsonl", "decode.json"):
+        shutil.copy(studies.RESULTS.with_name(name), results.with_name(name))
     shutil.copy(ROOT / "experiments" / "README.md", readme)
     assert command(plot.main, plot.Args, [f"--results={results}", f"--readme={readme}"]) == 0
     assert readme.read_text(encoding="utf-8") == (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
