@@ -155,10 +155,9 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
     lines = [f"Bytes (16 bits; share of MHA's) and parameters, of all layers: counted at the paper's 1B shape, {shape}."]
     if found:
         seeds = max(len(arm.rows) for arm in found)
-        lines.append(
-            f"Perplexity: validation, {setting(found[0].rows[0])}; in brackets the share of MHA's cache in that study; ± is "
-            f"the standard deviation over {seeds} seeds."
-        )
+        spread = f"± is the standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so far"
+        where = "in brackets the share of MHA's cache in that study"
+        lines.append(f"Perplexity: validation, {setting(found[0].rows[0])}; {where}; {spread}.")
     if decode["rows"]:
         lines.append(f"Tokens/s: the 1B shape, random weights, batch {BATCH}, context {CONTEXT:,}, on one {decode['device']}.")
     return lines
