@@ -1,14 +1,14 @@
 """Training speed and quality beside nanoGPT, unmodified, in the same run: python experiments/bench_train.py --nanogpt FOLDER
 
-FOLDER is a checkout of karpathy/nanoGPT. Four parts; each writes its entry of experiments/results/train.json as it goes:
+FOLDER is a checkout of karpathy/nanoGPT. Five parts; each writes its entry of experiments/results/train.json as it goes:
 
     small    124M parameters, 32 x 1024 tokens a step, compiled, random tokens: steps of nanoGPT, of our MHA and of our
              MFA in turn on one GPU; the median, the peak of memory, the share of the card's own bf16 matrix rate
     baby     tinyshakespeare: each trainer as its own command with its own recipe, one at a time; seconds from the end of
              the first (compiling) step to the first validation loss of 1.48, evaluations included
     seeds    the baby preset's best validation loss over seeds, side by side on the card
-    cpu      nanoGPT's recipe for a CPU against our tiny preset: seconds to 1.88, whole commands; then tokens/s at
-             nanoGPT's own size and batch, steps in turn
+    cpu      nanoGPT's recipe for a CPU against our tiny preset: seconds to 1.88, whole commands
+    steps    on a CPU, tokens/s at nanoGPT's own size and batch, steps in turn, with and without torch.compile
 """
 
 import importlib
@@ -61,8 +61,8 @@ class Bench:
 
     nanogpt: Path
     """A checkout of karpathy/nanoGPT."""
-    part: Literal["small", "baby", "seeds", "cpu"] = "cpu"
-    """What to measure: small, baby and seeds want a GPU, cpu two quiet cores."""
+    part: Literal["small", "baby", "seeds", "cpu", "steps"] = "cpu"
+    """What to measure: small, baby and seeds want a GPU, cpu and steps two quiet cores."""
     source: Path | None = None
     """tinyshakespeare's text, where it cannot be downloaded."""
     data_dir: Path = DATA
@@ -83,7 +83,7 @@ class Bench:
 # Steps in turn
 
 
-def nanogpt_step(folder: Path, cfg: Config, batch: int, device: torch.device) -> tuple[Callable, int]:
+def nanogpt_step(folder: Path, cfg: Config, batch: int, device: torch.device, compile: bool) -> tuple[Callable, int]:
     """One training step of nanoGPT's model as its train.py takes it, at cfg's size; and its parameters."""
     sys.path.insert(0, str(folder))
     nano = importlib.import_module("model")
@@ -91,20 +91,20 @@ def nanogpt_step(folder: Path, cfg: Config, batch: int, device: torch.device) ->
     sizes = dict(n_layer=cfg.n_layer, n_head=cfg.dim // cfg.head_dim, n_embd=cfg.dim, block_size=cfg.block_size)
     model = nano.GPT(nano.GPTConfig(vocab_size=cfg.vocab_size, dropout=0.0, bias=False, **sizes)).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
-    loss_of = torch.compile(model) if device.type == "cuda" else model
+    loss_of = torch.compile(model) if compile else model
     return stepper(
         lambda tokens: loss_of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[1], model, optimizer, cfg, batch
     )
 
 
-def our_step(cfg: Config, batch: int, device: torch.device, tuned: bool = False) -> tuple[Callable, int]:
+def our_step(cfg: Config, batch: int, device: torch.device, compile: bool, tuned: bool = False) -> tuple[Callable, int]:
     """The same of ours, with what train.py does to make it fast. tuned: inductor tries many shapes of each kernel."""
     model, on_gpu = GPT(cfg).to(device).train(), device.type == "cuda"
     optimizer = make_optimizer(model, Train(model=cfg), device)
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
     loss_of = loss_function(
-        model, model, torch.bfloat16 if on_gpu else torch.float32, compile=on_gpu and not tuned, graphs=on_gpu
+        model, model, torch.bfloat16 if on_gpu else torch.float32, compile=compile and not tuned, graphs=on_gpu
     )
     if tuned:
         loss_of = torch.compile(loss_of, options={"triton.cudagraphs": True, "coordinate_descent_tuning": True})
@@ -181,10 +181,10 @@ def sizes_of(name: str, smoke: bool) -> Config:
 
 
 def make_step(name: str, nanogpt: Path, smoke: bool, device: torch.device) -> tuple[Callable, int]:
-    cfg, batch = sizes_of(name, smoke), 2 if smoke else 32
+    cfg, batch, on_gpu = sizes_of(name, smoke), 2 if smoke else 32, device.type == "cuda"
     if name == "nanoGPT":
-        return nanogpt_step(nanogpt, cfg, batch, device)
-    return our_step(cfg, batch, device, tuned="tuned" in name and device.type == "cuda")
+        return nanogpt_step(nanogpt, cfg, batch, device, on_gpu)
+    return our_step(cfg, batch, device, on_gpu, tuned="tuned" in name and on_gpu)
 
 
 def peak(name: str, nanogpt: Path, smoke: bool) -> int:
@@ -385,22 +385,33 @@ def cpu(args: Bench, text: Path, place: Path) -> dict:
         print(f"{name} ...", flush=True)
         result[name] = race(command, cwd, start, validation, target)
         print(f"{name}: {result[name]['seconds_to_target']} s to {target}, best {result[name]['best']}", flush=True)
+    return result
 
-    # Speed at nanoGPT's own size and batch; nanoGPT's feed-forward has 8 H^2 weights, so the parameters are equal.
+
+def steps(args: Bench) -> dict:
+    """nanoGPT's feed-forward has 8 H^2 weights, as much as a SwiGLU of 8/3 H, so the parameters are equal."""
     device, sizes = torch.device("cpu"), dict(vocab_size=65, block_size=64, n_layer=4, dim=128, head_dim=32, ffn_dim=344)
     nano = Config(attn="mha", **sizes)
     keep_memory(device)  # in this one process nanoGPT's steps have it, too
     torch.set_float32_matmul_precision("high")
-    steps, rows = {}, {}
-    made = {"nanoGPT": nanogpt_step(copy, nano, 12, device)}
-    for attn in ("mha", "mfa", "mfa_kr"):
-        made[f"ours, {attn}"] = our_step(match_params(replace(nano, attn=attn)), 12, device)
-    for name, (step, params) in made.items():
-        steps[name], rows[name] = step, {"params": params}
-    ms = in_turn(steps, device, 2 if args.smoke else 9, 2 if args.smoke else 40)
+    rows, made = {}, {}
+    for compile in (False, True):
+        more = ", compiled" if compile else ""
+        for name in ("nanoGPT", "mha", "mfa", "mfa_kr"):
+            began, label = time.perf_counter(), name if name == "nanoGPT" else f"ours, {name}"
+            if name == "nanoGPT":
+                step, params = nanogpt_step(args.nanogpt.resolve(), nano, 12, device, compile)
+            else:
+                cfg = nano if name == "mha" else match_params(replace(nano, attn=name))
+                step, params = our_step(cfg, 12, device, compile)
+            step()
+            made[label + more] = step
+            rows[label + more] = {"params": params, "first_step_s": round(time.perf_counter() - began, 1)}
+            print(f"{label}{more}: first step after {rows[label + more]['first_step_s']} s", flush=True)
+    ms = in_turn(made, device, 2 if args.smoke else 9, 2 if args.smoke else 40)
     for name, row in rows.items():
         row |= {"ms": ms[name], "tokens_per_s": 12 * 64 / ms[name] * 1e3, "of_nanogpt": ms["nanoGPT"] / ms[name]}
-    return result | {"speed": rows}
+    return {"threads": torch.get_num_threads(), "rows": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,9 +473,14 @@ def table(results: dict) -> str:
             row = part[name]
             ours_or = name if name == "nanoGPT" else f"ours, {name}"
             lines.append(f"| {ours_or} | {reached(row)} | {row['best']:.4f} | {row['whole_seconds']:.0f} |")
-        lines += ["", "| 12 x 64 tokens a step | parameters | tokens/s | nanoGPT = 1 |", "|---|---|---|---|"]
-        for name, row in part["speed"].items():
-            lines.append(f"| {name} | {row['params'] / 1e6:.2f}M | {row['tokens_per_s']:,.0f} | {row['of_nanogpt']:.2f} |")
+        lines.append("")
+    if "steps" in results:
+        part = results["steps"]
+        lines += [f"Steps of 12 x 64 tokens on {part['device']}, {part['threads']} threads:", ""]
+        lines += ["| | parameters | tokens/s | nanoGPT = 1 | first step, s |", "|---|---|---|---|---|"]
+        for name, row in part["rows"].items():
+            speed = f"{row['tokens_per_s']:,.0f} | {row['of_nanogpt']:.2f} | {row['first_step_s']}"
+            lines.append(f"| {name} | {row['params'] / 1e6:.2f}M | {speed} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -475,8 +491,8 @@ def main(args: Bench) -> None:
     if args.seeds < 1:
         raise BadInput(f"--seeds must be at least 1, not {args.seeds}")
     with tempfile.TemporaryDirectory() as temporary:
-        if args.part == "small":
-            found = small(args)
+        if args.part in ("small", "steps"):
+            found = (small if args.part == "small" else steps)(args)
         else:
             folder = prepare("tinyshakespeare", source=args.source and str(args.source), data_dir=args.data_dir)
             text = Path(temporary) / "input.txt"
@@ -489,7 +505,7 @@ def main(args: Bench) -> None:
 def store(args: Bench, part: str, found: dict) -> dict:
     """Writes what a part has found so far; returns all results."""
     results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
-    results[part] = provenance("cpu" if part == "cpu" or not torch.cuda.is_available() else "cuda") | found
+    results[part] = provenance("cpu" if part in ("cpu", "steps") or not torch.cuda.is_available() else "cuda") | found
     args.results.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.results, lambda f: f.write((json.dumps(results, indent=1) + "\n").encode()))
     return results
