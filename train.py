@@ -100,7 +100,7 @@ class Train:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the matrix products; the weights stay float32. auto: bfloat16 where the GPU has it, else float32."""
     compile: bool = False
-    """torch.compile: half a minute first, faster steps after it on a GPU, where it is the default."""
+    """torch.compile: a quarter or half a minute first, faster steps after it. The default on a GPU; a CPU needs a C++ compiler."""
 
 
 # What each preset's recipe changes in the defaults above.
@@ -310,7 +310,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def can_compile(device: torch.device) -> bool:
-    """torch.compile pays on a GPU; it needs Triton (not on Windows) and compute capability 7."""
+    """torch.compile always pays on a GPU; it needs Triton (not on Windows) and compute capability 7."""
     found = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return found and torch.cuda.get_device_capability(device) >= (7, 0)
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch._inductor.config
 from gpu_time import kernel_times
 from provenance import ROOT, provenance
 
@@ -394,6 +395,7 @@ def steps(args: Bench) -> dict:
     nano = Config(attn="mha", **sizes)
     keep_memory(device)  # in this one process nanoGPT's steps have it, too
     torch.set_float32_matmul_precision("high")
+    torch._inductor.config.force_disable_caches = True  # the first step as on a new machine
     rows, made = {}, {}
     for compile in (False, True):
         more = ", compiled" if compile else ""
