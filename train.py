@@ -100,7 +100,7 @@ class Train:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the matrix products; the weights stay float32. auto: bfloat16 where the GPU has it, else float32."""
     compile: bool = False
-    """torch.compile: a quarter or half a minute first, faster steps after it. The default on a GPU; a CPU needs a C++ compiler."""
+    """torch.compile: up to half a minute first, faster steps after it. The default on a GPU; a CPU needs a C++ compiler."""
 
 
 # What each preset's recipe changes in the defaults above.
