@@ -184,14 +184,16 @@ def speed(folder: Path) -> str:
 def profile(folder: Path) -> str:
     """Where the milliseconds of a step go."""
     found = figures.read_decode(folder).get("profile")
-    if not found:
+    if not found or not found["steps"]:
         return missing("experiments/results/decode.json", "python experiments/bench_decode.py --part profile")
     kinds = list(found["steps"][0]["us"])
     rows = [
         [mode_name(step["attn"], step["mode"]), *(f"{step['us'][kind] / 1000:.2f}" for kind in kinds)]
         for step in found["steps"]
     ]
-    return html_table(["ms of a step in", *kinds], rows)
+    runs = {figures.read_decode(folder)["runs"][step["run"]]["commit"][:7] for step in found["steps"]}
+    note = f'<p class="note">Steps of a run of their own, at commit {", ".join(sorted(runs))}.</p>'
+    return html_table(["ms of a step in", *kinds], rows) + note
 
 
 def step_time(folder: Path, mode: str, kernel: str) -> str:

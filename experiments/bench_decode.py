@@ -2,14 +2,14 @@
 
 Parts, in the order in which they run (--part picks some):
 
+    kernels   not by default: attention alone, experiments/decode.py's kernel with other constants, and PyTorch's backends
     must      paper-1b with random weights in bf16, every attention: batch 32 at a context of 16,384, and the largest batch
+    profile   where a step's time goes in the must cell: every kernel of four attentions
     baby      one text of 500 tokens at a context of 1,024, against nanoGPT's own generate(), if --nanogpt names its folder
     llama     transformers' Llama of the same dimensions, its static cache and torch.compile, if it is installed
     grid      batch 1, 8, 32 and 128 at contexts of 1k to 64k, where they fit
     tiny      on a CPU: 512 tokens with the cache and without
     plot      two pictures from the results
-    profile   where a step's time goes in the must cell: every kernel of four attentions
-    kernels   not by default: attention alone, experiments/decode.py's kernel with other constants, and PyTorch's backends
 
 A cell's cache is filled with random numbers, which cost the same as any, and decoding goes on from there, greedily, for some
 steps: ms is the median. The floor is the time to read the weights and the filled part of the cache once, at the bandwidth
@@ -168,7 +168,8 @@ class Bench:
 
     def write(self) -> None:
         """The file, at once or not at all."""
-        used = {r["run"] for r in self.rows + self.largest} | {self.found.get("profile", {}).get("run")}
+        used = {r["run"] for r in self.rows + self.largest}
+        used |= {step["run"] for step in self.found.get("profile", {"steps": []})["steps"]}
         runs = {k: v for k, v in self.runs.items() if k in used}
         result = self.found | {"rows": self.rows, "largest_batch": self.largest, "runs": runs}
         path = self.args.results
@@ -294,24 +295,33 @@ def must(bench: Bench) -> None:
 def profile(bench: Bench) -> None:
     """Microseconds of every kernel in one step of the must cell, by name; "idle" is what no kernel accounts for."""
     batch, context = bench.must
-    bench.found["profile"] = found = {"run": bench.run, "batch": batch, "context": context, "steps": []}
-    for attn, mode in [v for v in bench.variants if v[0] in ("mfa", "mfa_kr", "mla") and v[1] != "inverse"]:
-        reset_compiler()
+    found = bench.found.setdefault("profile", {"batch": batch, "context": context, "steps": []})
+
+    def step_of(attn: str, mode: str) -> dict:
         model = bench.model(bench.config(attn, mode))
         decoder, cache = Decoder(model), KVCache(model, batch, context)
         for kept in (t for layer in cache.layers for t in layer):
             kept.normal_()
         new, steps = torch.zeros(batch, 1, dtype=torch.long, device=bench.device), 5
         cache.length = context - 3 * steps
-        ms = bench.median(lambda d=decoder, m=model, n=new, c=cache: d(m, n, c), steps)
-        groups, kernels = kernel_times(lambda d=decoder, m=model, n=new, c=cache: d(m, n, c), steps)
+        ms = bench.median(lambda: decoder(model, new, cache), steps)
+        groups, kernels = kernel_times(lambda: decoder(model, new, cache), steps)
         groups["idle"] = 1000 * ms - sum(groups.values())
-        found["steps"].append(dict(attn=attn, mode=mode, ms=ms, us=groups, kernels=kernels[:20]))
+        return dict(attn=attn, mode=mode, ms=ms, us=groups, kernels=kernels[:20], run=bench.run)
+
+    for attn, mode in [v for v in bench.variants if v[0] in ("mfa", "mfa_kr", "mla") and v[1] != "inverse"]:
+        reset_compiler()
+        try:
+            step = step_of(attn, mode)
+        except Exception as e:  # the other parts go on
+            print(f"profile {attn} {mode}: {type(e).__name__}: {str(e)[:200]}", flush=True)
+            continue
+        found["steps"] = [s for s in found["steps"] if (s["attn"], s["mode"]) != (attn, mode)] + [step]
         bench.write()
-        print(f"{NAMES[attn, mode]}: {ms:.2f} ms = " + ", ".join(f"{g} {us:,.0f} us" for g, us in groups.items()), flush=True)
-        for k in kernels[:12]:
+        kinds = ", ".join(f"{kind} {us:,.0f} us" for kind, us in step["us"].items())
+        print(f"{NAMES[attn, mode]}: {step['ms']:.2f} ms = {kinds}", flush=True)
+        for k in step["kernels"][:12]:
             print(f"  {k['us']:8.1f} us {k['calls']:5.0f} x {k['name'][:90]}", flush=True)
-        del model, decoder, cache
 
 
 def grid(bench: Bench) -> None:

@@ -1,6 +1,6 @@
 """Training speed and quality beside nanoGPT, unmodified, in the same run: python experiments/bench_train.py --nanogpt FOLDER
 
-FOLDER is a checkout of karpathy/nanoGPT. Five parts; each writes its entry of experiments/results/train.json as it goes:
+FOLDER is a checkout of karpathy/nanoGPT. Five parts, each with its entry in experiments/results/train.json:
 
     small    124M parameters, 32 x 1024 tokens a step, compiled, random tokens: steps of nanoGPT, of our MHA and of our
              MFA in turn on one GPU; the median, the peak of memory, the share of the card's own bf16 matrix rate
@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 import torch._inductor.config
 from gpu_time import kernel_times
-from provenance import ROOT, provenance
+from provenance import ROOT, device_name, provenance
 
 from mfa import GPT, Config, preset
 from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_from
@@ -209,7 +209,7 @@ def small(args: Bench) -> dict:
     rounds, per_round = (2, 1) if args.smoke else (7, 10)
     nanogpt, made, rows = args.nanogpt.resolve(), {}, {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(TRAINERS), mp_context=spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
         peaks = list(pool.map(peak, TRAINERS, [nanogpt] * len(TRAINERS), [args.smoke] * len(TRAINERS)))
     memory = dict(zip(TRAINERS, peaks, strict=True))  # tuning changes none
     print("peak memory, GB: " + ", ".join(f"{name} {m / 1e9:.1f}" for name, m in memory.items()), flush=True)
@@ -362,6 +362,10 @@ def seeds(args: Bench, text: Path, place: Path) -> dict:
         {"attn": attn, "seed": seed} | {k: run[k] for k in ("best", "best_step", "curve")}
         for (attn, seed), run in zip(jobs, found, strict=True)
     ]
+    before = stored(args).get("seeds", {})
+    if (before.get("flags"), before.get("device")) == (args.preset_flags, device_name(pick_device("auto"))):
+        kept = [row for row in before["rows"] if (row["attn"], row["seed"]) not in jobs]  # of another --first_seed
+        rows = sorted(kept + rows, key=lambda row: (row["attn"], row["seed"]))
     return {"flags": args.preset_flags, "rows": rows}
 
 
@@ -446,15 +450,15 @@ def table(results: dict) -> str:
         part = results["baby"]
         lines += [f"baby on tinyshakespeare, {part['device']}:", ""]
         lines += [f"| | seconds to {part['target']} | at step | best validation loss |", "|---|---|---|---|"]
-        lines.append(f"| nanoGPT | {reached(part['nanoGPT'])} | {part['nanoGPT']['step_at_target']} | (stopped there) |")
+        lines.append(f"| nanoGPT | {reached(part['nanoGPT'])} | {part['nanoGPT']['step_at_target'] or ''} | (stopped there) |")
         for row in part["quick"]:
             timed = row["timed"]
-            figures = f"{reached(timed)} | {timed['step_at_target']} | {timed['best']:.4f}"
+            figures = f"{reached(timed)} | {timed['step_at_target'] or ''} | {timed['best']:.4f}"
             lines.append(f"| ours, mfa, `{row['flags']}` | {figures} |")
         for attn in ("mfa", "mfa_kr"):
             if attn in part:
                 timed = part[attn]["timed"]
-                lines.append(f"| ours, {attn} | {reached(timed)} | {timed['step_at_target']} | {timed['best']:.4f} |")
+                lines.append(f"| ours, {attn} | {reached(timed)} | {timed['step_at_target'] or ''} | {timed['best']:.4f} |")
         lines.append("")
     if "seeds" in results:
         part = results["seeds"]
@@ -504,9 +508,13 @@ def main(args: Bench) -> None:
     print(f"\n{table({args.part: results[args.part]})}\nin {args.results}")
 
 
+def stored(args: Bench) -> dict:
+    return json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
+
+
 def store(args: Bench, part: str, found: dict) -> dict:
     """Writes what a part has found so far; returns all results."""
-    results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
+    results = stored(args)
     results[part] = provenance("cpu" if part in ("cpu", "steps") or not torch.cuda.is_available() else "cuda") | found
     args.results.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.results, lambda f: f.write((json.dumps(results, indent=1) + "\n").encode()))

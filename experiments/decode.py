@@ -317,7 +317,8 @@ class Decoder:
     belong to a cache's tensors: a new cache means a new capture (a fraction of a second), unless it lies where the last
     one lay, as it does when one text is sampled after the other. The logits are overwritten by the next call.
     tune: let torch.compile try out kernels for batches of one (tens of seconds, once).
-    Compiled, it lays weights side by side: the model's parameters keep their values and become views of larger tensors.
+    Compiled, it lays weights side by side: the model's parameters keep their values and become views of larger tensors. Make it
+    after the model's last .to() or load_state_dict(assign=True), which put other tensors in their place.
     Raises ValueError for experts, whose routing waits for the host, and when the cache or the context is full.
     """
 

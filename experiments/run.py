@@ -136,8 +136,9 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     torch.set_float32_matmul_precision("high")
     began = time.perf_counter()
     device = pick_device(device_name)
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where kernels are compiled and launched
+        torch.cuda.empty_cache()  # of the run before, which may have been on another GPU
     train_ids, val_ids, meta = data(folder, device)
     val_ids = val_ids[:val_tokens]
     cfg, T = run.cfg, run.cfg.block_size
