@@ -20,6 +20,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -251,7 +252,8 @@ def same_file(path: Path, other: Path) -> None:
 def load_checkpoint(path: Path, map_location="cpu") -> dict:
     """What `train` saved. Nothing in the file is executed. Raises BadInput if it is not a checkpoint of this version."""
     if not path.is_file():
-        raise BadInput(f"no checkpoint at {path}: train one with python train.py, or give its path")
+        what = f"is a folder: give {path / 'best.pt'}" if path.is_dir() else "is not there: train one with python train.py"
+        raise BadInput(f"checkpoint {path} {what}")
     try:
         with warnings.catch_warnings(action="ignore"):  # what torch finds odd about a file that is none
             ckpt = torch.load(path, map_location=map_location, weights_only=True)
@@ -259,6 +261,8 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
         what = "is not a checkpoint of train.py, or a damaged one" if path.stat().st_size else "is empty"
         raise BadInput(f"{path} {what} ({type(e).__name__}): give a best.pt or latest.pt of a run") from e
     found = ckpt.get("format") if isinstance(ckpt, dict) else type(ckpt).__name__
+    if found in (None, "Tensor", "list"):
+        raise BadInput(f"{path} is not a checkpoint of train.py: give a best.pt or latest.pt of a run")
     if found != FORMAT:
         raise BadInput(f"{path} is of format {found}, not {FORMAT}: train it again with this train.py")
     if missing := [name for name, kind in NEEDED.items() if not isinstance(ckpt.get(name), kind)]:
@@ -516,6 +520,11 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
         raise BadInput(f"--out {out} is a file: give a folder")
     if not (args.resume or args.overwrite) and (latest.exists() or metrics.exists()):
         raise BadInput(f"--out {out} holds a run: --resume continues it, --overwrite replaces it, another --out keeps it")
+    if args.resume and args.overwrite:
+        raise BadInput("--resume goes on with the run that --overwrite would replace: give one of the two")
+    compilers = os.environ.get("CXX", "g++"), "g++", "clang++", "cl"
+    if args.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise BadInput(f"--compile needs a C++ compiler on a CPU, and none of {', '.join(compilers[1:])} is there: leave it out")
     ckpt = load_checkpoint(latest) if args.resume and latest.is_file() else None
     if ckpt and args.max_iters < ckpt["step"] + (ckpt["best_loss"] == math.inf):
         raise BadInput(f"--max_iters {args.max_iters}: {latest} is at step {ckpt['step']} already, give more")
@@ -535,7 +544,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
     val_ids = val_ids[: args.eval_tokens + 1] if args.eval_tokens else val_ids
     for name, ids in (("training", train_ids), ("validation", val_ids)):
         if len(ids) <= T:
-            raise BadInput(f"--block_size {T}: the {name} text of {folder} has {len(ids)} tokens, which must be more")
+            raise BadInput(f"--block_size {T}: the {name} text of {folder} has {len(ids)} tokens, and more are needed")
 
     # The model, at MHA's number of parameters.
     try:
@@ -564,7 +573,8 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
     say(f"{n_params:,} parameters, {n_params / n_mha:.1%} of MHA's {n_mha:,} (FFN {cfg.ffn} wide, MHA's {mha.ffn})")
     say(cache_line(cfg))
     say(f"text: {folder.name}, {len(train_ids):,} + {len(val_ids):,} tokens, vocabulary {cfg.vocab_size:,}")
-    say(f"run: {out}, {args.max_iters} steps of {args.batch_size} x {T} tokens" + (f", resumed at step {step}" if ckpt else ""))
+    how = f", resumed at step {step}" if ckpt else ", from the start: there is no latest.pt" if args.resume else ""
+    say(f"run: {out}, {args.max_iters} steps of {args.batch_size} x {T} tokens{how}")
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -595,7 +605,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
     if world > 1:
         runner = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if args.compile:
-        say("compiling: the first step takes half a minute ...", flush=True)
+        say("compiling: the first step takes up to half a minute ...", flush=True)
     graphs = device.type == "cuda" and world == 1 and args.grad_accum == 1
     loss_of = loss_function(model, runner, dtype, args.compile, graphs)
     train_ids, val_ids = as_tensor(train_ids, device), as_tensor(val_ids, device)
@@ -696,7 +706,7 @@ def finish(best: Path, n_params: int, seconds: float, unit: str, device: torch.d
     print(cache_line(model.cfg))
     print(f"in {best.parent}: best.pt, latest.pt, metrics.jsonl, loss.png")
     print(f"next: python sample.py --checkpoint {best}")
-    print(f"  or: python train.py --attn {'mha' if attn != 'mha' else 'mfa_kr'}, to compare")
+    print(f"  or: the same with --attn {'mha' if attn != 'mha' else 'mfa_kr'}, to compare")
 
 
 def plot(out: Path, best_loss: float) -> None:

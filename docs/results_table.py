@@ -42,11 +42,11 @@ class Row(NamedTuple):
 
 
 ROWS = [
-    Row("MHA", "mha", {}, "Q_c K_c^T", "V_c O_c^T", "2nd"),
-    Row("GQA, g = 4", "gqa", dict(n_kv_head=4), "Q_c K_g^T", "V_g O_c^T", "2gd"),
-    Row("MQA", "mqa", {}, "Q_c K^T", "V O_c^T", "2d"),
+    Row("MHA", "mha", {}, "Q_c K_c^T", "V_c O_c^T", "2 n d"),
+    Row("GQA, g = 4", "gqa", dict(n_kv_head=4), "Q_c K_g^T", "V_g O_c^T", "2 g d"),
+    Row("MQA", "mqa", {}, "Q_c K^T", "V O_c^T", "2 d"),
     Row("MLA, one latent", "mla", FIGURE1_MLA, "Q_c K_c^T S^T", "S V_c O_c^T", "C + d_r"),
-    Row("**MFA**", "mfa", {}, "S_q Q_c S_k^T", "S_v O_c^T", "2C"),
+    Row("**MFA**", "mfa", {}, "S_q Q_c S_k^T", "S_v O_c^T", "2 C"),
     Row("**MFA-KR**", "mfa_kr", {}, "S_q Q_c S_k^T", "S_k (I + N^T diag(alpha)) O_c^T", "C"),
 ]
 
@@ -152,7 +152,8 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
     """Under which conditions the columns hold, a line each."""
     cfg = preset(PRESET)
     shape = f"{cfg.n_layer} layers of width {cfg.dim:,}"
-    lines = [f"Bytes (16 bits; share of MHA's) and parameters, of all layers: counted at the paper's 1B shape, {shape}."]
+    lines = ["n heads of width d, g key/value heads, latent width C, rotary key d_r; W_c and U_c stand in the equation above."]
+    lines += [f"Bytes (16 bits; share of MHA's) and parameters, of all layers: counted at the paper's 1B shape, {shape}."]
     if found:
         seeds = max(len(arm.rows) for arm in found)
         spread = f"± is the standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so far"

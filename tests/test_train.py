@@ -517,6 +517,15 @@ def test_resuming_a_finished_run_says_again_how_it_ended(data, tmp_path, capsys)
     }
 
 
+def test_flags_that_cannot_work_are_refused_before_anything_is_written(data, tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="--resume goes on with the run that --overwrite would replace"):
+        train(small(data, tmp_path / "run", resume=True, overwrite=True))
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: None)
+    with pytest.raises(BadInput, match=r"--compile needs a C\+\+ compiler on a CPU"):
+        train(small(data, tmp_path / "run", compile=True))
+    assert not (tmp_path / "run").exists()
+
+
 @quick
 def test_a_new_run_refuses_a_folder_that_holds_one_and_overwrite_replaces_it(data, tmp_path, monkeypatch):
     def no_room(*_):
