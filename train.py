@@ -522,9 +522,9 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
         raise BadInput(f"--out {out} holds a run: --resume continues it, --overwrite replaces it, another --out keeps it")
     if args.resume and args.overwrite:
         raise BadInput("--resume goes on with the run that --overwrite would replace: give one of the two")
-    compilers = os.environ.get("CXX", "g++"), "g++", "clang++", "cl"
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
     if args.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise BadInput(f"--compile needs a C++ compiler on a CPU, and none of {', '.join(compilers[1:])} is there: leave it out")
+        raise BadInput("--compile needs a C++ compiler on a CPU, and there is no g++, clang++ or cl: leave it out")
     ckpt = load_checkpoint(latest) if args.resume and latest.is_file() else None
     if ckpt and args.max_iters < ckpt["step"] + (ckpt["best_loss"] == math.inf):
         raise BadInput(f"--max_iters {args.max_iters}: {latest} is at step {ckpt['step']} already, give more")

@@ -140,7 +140,7 @@ def perplexity(folder: Path) -> str:
     first = len(found) < len(figures.STUDIES["figure1"]) or min(len(arm.ppl) for arm in found) < 3
     if first and {"mha", "mfa"} <= mean.keys():
         ahead, how = ("MHA is ahead of MFA", "unlike") if mean["mha"] < mean["mfa"] else ("MFA is ahead of MHA", "as")
-        note = f"First runs only, not all with three seeds and a tuned learning rate: in them {ahead}, {how} in the paper. {note}"
+        note = f"First runs, not all with three seeds and a tuned learning rate: in them {ahead}, {how} in the paper. {note}"
     return f'<ul class="bars wide">{"".join(lines)}</ul><p class="note">{note}</p>'
 
 
