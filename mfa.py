@@ -200,7 +200,7 @@ def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
     frequency = base ** (torch.arange(half, device=x.device, dtype=wide) / -half)  # (w/2,)
-    angle = pos.to(wide)[:, None] * torch.cat((-frequency, frequency))  # (T, w)
+    angle = pos.to(wide)[:, None] * torch.cat((-frequency, frequency))  # (T, w): the sines of the halves differ in sign
     # One tensor of both: else torch.compile takes every element's cosine anew, 20% of a training step on an H200.
     cos, sin = torch.cat((angle.cos(), angle.sin()), dim=-1).chunk(2, dim=-1)  # (T, w) twice
     return torch.addcmul(x * cos, x.roll(half, dims=-1), sin).to(x.dtype)  # x cos + (x rolled) sin: (..., T, w)

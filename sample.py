@@ -17,7 +17,7 @@ import torch
 
 from mfa import ATTENTION, GPT
 from prepare_data import BadInput, run_command, tokenizer_from
-from train import decoding_kernels, load_checkpoint, model_from, pick_device, start_of_text
+from train import attention_kernels, load_checkpoint, model_from, pick_device, start_of_text
 
 
 @dataclass
@@ -117,7 +117,7 @@ def main(args: Sample) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
         sys.stdout.write(args.prompt)
         clock = time.perf_counter()
-        with decoding_kernels(device):
+        with attention_kernels(device, decoding=True):
             for new in stream:
                 token, made = new.item(), made + 1
                 if token < tokenizer.n_vocab and token != stop:  # --vocab_size may leave room above the tokenizer's ids

@@ -136,10 +136,10 @@ def perplexity(folder: Path) -> str:
         f"share of MHA's. A dot is one seed; the number is their mean and standard deviation. {figures.setting(row)}, "
         f"{html.escape(row['device'])}."
     )
-    mean = {arm.rows[0]["attn"]: statistics.mean(arm.ppl) for arm in found if arm.ppl and arm.share in (1, 0.125)}
-    first = len(found) < len(figures.STUDIES["figure1"]) or min(len(arm.ppl) for arm in found) < 3
-    if first and {"mha", "mfa"} <= mean.keys():
-        ahead, how = ("MHA is ahead of MFA", "unlike") if mean["mha"] < mean["mfa"] else ("MFA is ahead of MHA", "as")
+    planned, mean = figures.STUDIES["figure1"], {arm.name: statistics.mean(arm.ppl) for arm in found if arm.ppl}
+    mha, mfa = (mean.get(planned[arm].name) for arm in ("mha", "mfa"))
+    if mha and mfa and (len(found) < len(planned) or min(len(arm.ppl) for arm in found) < 3):
+        ahead, how = ("MHA is ahead of MFA", "unlike") if mha < mfa else ("MFA is ahead of MHA", "as")
         note = f"First runs, not all with three seeds and a tuned learning rate: in them {ahead}, {how} in the paper. {note}"
     return f'<ul class="bars wide">{"".join(lines)}</ul><p class="note">{note}</p>'
 
@@ -189,7 +189,8 @@ def speed(folder: Path) -> str:
 
 def profile(folder: Path) -> str:
     """Where the milliseconds of a step go."""
-    found = figures.read_decode(folder).get("profile")
+    decode = figures.read_decode(folder)
+    found = decode.get("profile")
     if not found or not found["steps"]:
         return missing("experiments/results/decode.json", "python experiments/bench_decode.py --part profile")
     kinds = list(found["steps"][0]["us"])
@@ -197,7 +198,7 @@ def profile(folder: Path) -> str:
         [mode_name(step["attn"], step["mode"]), *(f"{step['us'][kind] / 1000:.2f}" for kind in kinds)]
         for step in found["steps"]
     ]
-    runs = {figures.read_decode(folder)["runs"][step["run"]]["commit"][:7] for step in found["steps"]}
+    runs = {decode["runs"][step["run"]]["commit"][:7] for step in found["steps"]}
     note = f'<p class="note">Steps of a run of their own, at commit {", ".join(sorted(runs))}.</p>'
     return html_table(["ms of a step in", *kinds], rows) + note
 
@@ -205,8 +206,8 @@ def profile(folder: Path) -> str:
 def step_time(folder: Path, mode: str, kernel: str) -> str:
     """Of MFA-KR."""
     wanted = dict(model=figures.PRESET, attn="mfa_kr", mode=mode, kernel=kernel, batch=figures.BATCH, context=figures.CONTEXT)
-    rows = [r for r in figures.read_decode(folder)["rows"] if "ms" in r and all(r.get(k) == v for k, v in wanted.items())]
-    return f"{rows[0]['ms']:.1f} ms" if rows else figures.MISSING
+    row = figures.quickest(figures.read_decode(folder)["rows"], **wanted)
+    return f"{row['ms']:.1f} ms" if row else figures.MISSING
 
 
 def largest_batch(folder: Path) -> str:

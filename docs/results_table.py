@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "experiments"))
 
 import bench_train  # noqa: E402
+from bench_decode import quickest  # noqa: E402
 from plot import Results, outcome  # noqa: E402
 from studies import STUDIES, read_results  # noqa: E402
 
@@ -117,11 +118,9 @@ def nearest(found: list[Arm], row: Row) -> Arm | None:
 
 def speeds(decode: dict, attn: str) -> dict[str, dict]:
     """The quickest measured row of an attention at the preset's shape, BATCH and CONTEXT, by mode ("" where there is one)."""
-    wanted, found = dict(model=PRESET, attn=attn, engine="ours", batch=BATCH, context=CONTEXT), {}
-    for row in decode["rows"]:
-        if "ms" in row and all(row.get(key) == value for key, value in wanted.items()):
-            found[row["mode"]] = min(row, found.get(row["mode"], row), key=lambda r: r["ms"])
-    return found
+    wanted = dict(model=PRESET, attn=attn, engine="ours", batch=BATCH, context=CONTEXT)
+    modes = dict.fromkeys(row["mode"] for row in decode["rows"] if row["attn"] == attn)
+    return {mode: row for mode in modes if (row := quickest(decode["rows"], mode=mode, **wanted))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

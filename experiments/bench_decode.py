@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfa import ATTENTION, GPT, Config, KVCache, preset
 from prepare_data import BadInput, run_command
-from train import decoding_kernels
+from train import attention_kernels
 
 RESULTS = ROOT / "experiments" / "results" / "decode.json"
 # (attention, mode): the three that the targets name come first. Mode: MFA-KR's key_reuse_rope, MLA's joint latent.
@@ -430,7 +430,7 @@ def baby(bench: Bench) -> None:
     def ours(cfg: Config, **how) -> dict:
         model = bench.model(cfg)
         decoder = Decoder(model, **how) if how else None
-        with decoding_kernels(bench.device):
+        with attention_kernels(bench.device, decoding=True):
             result = timed(lambda: model.generate(start, length, temperature=0.8, top_k=200, decode=decoder))
         size = KVCache(model, 1, 1).nbytes() * context
         return result | {"counts_bytes": size} | ({"captures": decoder.captures} if decoder else {})

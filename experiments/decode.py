@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfa import GPT, MLA, Attention, Block, KVCache, alibi, rotate
-from train import decoding_kernels
+from train import attention_kernels
 
 try:
     import triton
@@ -351,7 +351,7 @@ class Decoder:
         self.pos.fill_(cache.length)
         self.length = cache.length + 1
         if self.replay is None:
-            with decoding_kernels(self.pos.device):
+            with attention_kernels(self.pos.device, decoding=True):
                 self.run()  # compiles
                 if self.cuda:
                     self.capture()  # computes nothing
@@ -417,7 +417,7 @@ class Decoder:
             pieces.append((graph, due, y[0]))
 
         def replay():
-            with decoding_kernels(self.pos.device):
+            with attention_kernels(self.pos.device, decoding=True):
                 for piece, due, place in pieces:
                     piece.replay()
                     place.copy_(self.attend(*due)[0])
