@@ -30,7 +30,7 @@ SIZES = {
     "7M": dict(n_layer=6, dim=256, head_dim=32, rope_dim=16, ffn_dim=728, batch_size=32, max_iters=940, lr=2.8e-3),
     "30M": dict(n_layer=8, dim=512, head_dim=64, rope_dim=32, ffn_dim=1408, batch_size=64, max_iters=2000, lr=2e-3),
     "60M": dict(n_layer=11, dim=640, head_dim=80, rope_dim=40, ffn_dim=1760, batch_size=64, max_iters=4040, lr=1.8e-3),
-    "30M, 8,000 steps": dict(n_layer=8, dim=512, head_dim=64, rope_dim=32, ffn_dim=1408, batch_size=64, max_iters=8000,
+    "30M, 4,000 steps": dict(n_layer=8, dim=512, head_dim=64, rope_dim=32, ffn_dim=1408, batch_size=32, max_iters=4000,
                              lr=2e-3),
     "30M, context 2048": dict(n_layer=8, dim=512, head_dim=64, rope_dim=32, ffn_dim=1408, block_size=2048, batch_size=16,
                               max_iters=2000, lr=2e-3),
@@ -127,14 +127,14 @@ QUESTION_B = {
 # Why MFA trained at 30M as in the first runs is behind MHA by more than design notes and paper have it.
 BASE = dict(rope_base=10_000.0)  # the context is 512, not the paper's 16k
 WHY = {
-    "mha_long": Arm("MHA, 8,000 steps", MHA, size="30M, 8,000 steps"),
-    "mfa_long": Arm("MFA, 8,000 steps", MFA, size="30M, 8,000 steps"),
-    "mfa_half": Arm("MFA, query rank dim/2", dict(**MFA, q_rank=256)),
-    "mfa_full": Arm("MFA, query rank dim", dict(**MFA, q_rank=512)),
-    "mha_base": Arm("MHA, rotary base 10,000", {**MHA, **BASE}),
+    "mfa_steps": Arm("MFA, 4,000 steps of half the batch", MFA, size="30M, 4,000 steps"),
+    "mha_steps": Arm("MHA, 4,000 steps of half the batch", MHA, size="30M, 4,000 steps"),
     "mfa_base": Arm("MFA, rotary base 10,000", {**MFA, **BASE}),
-    "mha_base_attn": Arm("MHA, rotary base 10,000, 0.02 in the attention", {**MHA, **BASE}, build="attention_0.02"),
+    "mha_base": Arm("MHA, rotary base 10,000", {**MHA, **BASE}),
     "mfa_base_attn": Arm("MFA, rotary base 10,000, 0.02 in the attention", {**MFA, **BASE}, build="attention_0.02"),
+    "mha_base_attn": Arm("MHA, rotary base 10,000, 0.02 in the attention", {**MHA, **BASE}, build="attention_0.02"),
+    "mfa_full": Arm("MFA, query rank dim", dict(**MFA, q_rank=512)),
+    "mfa_half": Arm("MFA, query rank dim/2", dict(**MFA, q_rank=256)),
 }
 LENGTH = {
     f"{attn}_{context}": Arm(f"{name}, context {context}", model, size=size)
@@ -150,8 +150,9 @@ ROTATED = ("pre", "post", "inverse")
 AT_30M = [arm for arm, a in QUESTION_B.items() if a.size == "30M"]
 REST = ("table3", "table6", "table5", "length", "figure3")
 QUEUE = [
-    ("question_b", AT_30M, (1,), (0,)),  # first: the start that serves all is the one to compare them from
+    ("question_b", ("mfa_30m_attn", "mha_30m_attn"), (1,), (0,)),  # first: the setting that serves all is the one to compare in
     ("why", WHY, (1,), (0,)),
+    ("question_b", AT_30M, (1,), (0,)),
     ("figure1", CORE, (1,), (0,)),
     ("table4", TABLE4, (1,), (0,)),
     ("question_a", ROTATED, (1,), (0,)),

@@ -94,7 +94,7 @@ def test_queue():
     tasks = list(queue({}))
     assert len({task.run for task in tasks}) == len(tasks)
     assert {task.study for task in tasks} == set(STUDIES)
-    first = [*studies.AT_30M, *studies.WHY]  # which start, before what is compared from it
+    first = ["mfa_30m_attn", "mha_30m_attn", *studies.WHY]  # which setting, before what is compared in it
     assert [task.arm for task in tasks[: len(first)]] == first
     assert {(task.run.lr, task.run.seed) for task in tasks[: len(first)]} == {(2e-3, 0)}
     figure1 = list(queue({}, "figure1"))
