@@ -12,6 +12,7 @@ prepare_data.py can take its place.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -114,6 +115,26 @@ def compiled_loss(model: GPT, dtype: torch.dtype, how: str) -> Callable[[Tensor]
     return lambda tokens: head_loss(model.hidden(tokens[:, :-1]), tokens[:, 1:])
 
 
+def as_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """step on a GPU, from its fourth call on as one CUDA graph: launching a small model's kernels takes longer than running them."""
+    graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
+
+    def call() -> None:
+        n = next(calls)
+        if n < 3:  # real steps, which compile, choose kernels and make the optimizer's state
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if n == 3:
+            with torch.cuda.graph(graph):
+                step()
+        graph.replay()
+
+    return call
+
+
 @torch.no_grad()
 def loss_by_position(model: GPT, ids: Tensor, device: torch.device, autocast) -> list[list]:
     """What the context before a token is worth: [[p, mean loss], ...] over positions p to 2p - 1 of windows side by side."""
@@ -147,7 +168,12 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     torch.manual_seed(run.seed)
     model = build(run).to(device).train()
     optimizer, dtype = make_optimizer(model, args, device), pick_dtype("auto", device)
-    loss_of = compiled_loss(model, dtype, compile if cfg.n_expert == 0 else "no")  # an expert's share is known only as it runs
+    fixed = cfg.n_expert == 0  # an expert's share is known only as it runs
+    loss_of = compiled_loss(model, dtype, compile if fixed else "no")
+    tokens = torch.zeros(args.batch_size, T + 1, dtype=torch.long, device=device)
+    lr = torch.zeros((), device=device)
+    for group in optimizer.param_groups:
+        group |= dict(lr=lr, capturable=device.type == "cuda")
 
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -155,18 +181,21 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     def eagerly():  # for evaluation: a compilation for that alone would not pay
         return torch.compiler.set_stance("force_eager")
 
+    def one_step() -> None:
+        with autocast():
+            loss = loss_of(tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    take_step = as_graph(one_step) if device.type == "cuda" and fixed else one_step
     curve, step, diverged = [], 0, False
     with attention_kernels(device):
         while step < args.max_iters:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            tokens = window(train_ids, batch_starts(args, step, len(train_ids)), T + 1, device)  # (B, T + 1)
-            with autocast():
-                loss = loss_of(tokens)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            lr.fill_(learning_rate(step, args))
+            tokens.copy_(window(train_ids, batch_starts(args, step, len(train_ids)), T + 1, device))  # (B, T + 1)
+            take_step()
             step += 1
             if step % EVERY == 0 or step == args.max_iters:
                 with eagerly():
