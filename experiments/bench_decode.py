@@ -58,6 +58,8 @@ class Args:
     """Which parts; default: all but kernels and tiny on a GPU, tiny on a CPU."""
     only: tuple[str, ...] = ()
     """Only these attentions, as "mfa" or "mfa_kr post"; default: all."""
+    batches: tuple[int, ...] = ()
+    """Only these batch sizes of the grid; default: all."""
     nanogpt: Path | None = None
     """Folder of a nanoGPT checkout (its model.py is used)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -330,7 +332,7 @@ def grid(bench: Bench) -> None:
         reset_compiler()
         model = None
         # Batches of 1 last: they need a compilation of their own.
-        for batch in sorted(bench.batches, key=lambda b: (b == 1, b)):
+        for batch in sorted(bench.args.batches or bench.batches, key=lambda b: (b == 1, b)):
             for context in bench.contexts:
                 cfg = bench.config(attn, mode)
                 row = dict(model="paper-1b", attn=attn, mode=mode, engine="ours", kernel=kernel, batch=batch, context=context)
@@ -692,6 +694,8 @@ def main(args: Args) -> None:
         raise BadInput("--smoke measures a toy, which does not belong among the results: name another file with --results")
     if unknown := [name for name in args.only if name not in [" ".join(v).strip() for v in VARIANTS]]:
         raise BadInput(f"--only {unknown[0]!r}: take any of {', '.join(' '.join(v).strip() for v in VARIANTS)}")
+    if any(batch < 1 for batch in args.batches):
+        raise BadInput(f"--batches must be positive, not {args.batches}")
     if args.steps < 1:
         raise BadInput(f"--steps must be at least 1, not {args.steps}")
     if args.nanogpt and not (args.nanogpt / "model.py").is_file():
