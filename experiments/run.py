@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,7 +54,7 @@ from train import (
     write_atomically,
 )
 
-EVERY = 250  # steps between points of the curve, each on
+POINTS = 8  # of the curve, each on
 PART = 1 << 17  # validation tokens, always the first; the loss that counts is a sweep over all of them at the end
 TOY_VAL = 1025  # of which --smoke makes do with so many
 
@@ -197,7 +197,7 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
             tokens.copy_(window(train_ids, batch_starts(args, step, len(train_ids)), T + 1, device))  # (B, T + 1)
             take_step()
             step += 1
-            if step % EVERY == 0 or step == args.max_iters:
+            if step % math.ceil(args.max_iters / POINTS) == 0 or step == args.max_iters:
                 with eagerly():
                     loss = evaluate(model, val_ids[: PART + 1], device, autocast)
                 if diverged := not math.isfinite(loss):
@@ -237,18 +237,23 @@ def without_rest(path: Path) -> None:
 
 
 def estimate(run: Run, rows: list[dict], args: Args, device: str) -> float:
-    """Seconds a run will take: in proportion to parameters times tokens, as measured here, else as guessed."""
+    """Seconds a run will take: those of the latest of its size here, else in proportion to parameters times tokens."""
 
-    def size(params: float, steps: int, batch_size: int, block_size: int) -> float:
-        return params * steps * batch_size * block_size
+    def size(cfg: dict, params: float, steps: int, batch_size: int) -> tuple:
+        return cfg["n_layer"], cfg["dim"], steps, batch_size, params * steps * batch_size * cfg["block_size"]
 
+    want = size(asdict(run.cfg), count_params(run.cfg), run.max_iters, run.batch_size)
     known = [
-        row["seconds"] / size(row["params"], row["steps"], row["batch_size"], row["config"]["block_size"])
+        (row["seconds"], size(row["config"], row["params"], row["steps"], row["batch_size"]))
         for row in rows
         if (row["device"], row["jobs"], row["diverged"]) == (device, args.jobs, False)
     ]
-    each = median(known) if known else args.guess_seconds * args.jobs / size(29.9e6, 2000, 64, 512)
-    return each * size(count_params(run.cfg), run.max_iters, run.batch_size, run.cfg.block_size)
+    for seconds, found in reversed(known):
+        if found[:-1] == want[:-1]:
+            return seconds
+    work = 29.9e6 * 65.5e6  # what guess_seconds is for
+    each = median(seconds / found[-1] for seconds, found in known) if known else args.guess_seconds * args.jobs / work
+    return each * want[-1]
 
 
 def show(task: Task) -> str:
