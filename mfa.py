@@ -719,18 +719,18 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
     """One id for each row of logits: (B, vocab_size) -> (B, 1). See GPT.generate."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # the likeliest is 0: no overflow
+    logits = logits / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, -math.inf)
-    p = logits.softmax(dim=-1)
     if top_p is not None:
-        ordered, order = p.sort(dim=-1, descending=True)
+        ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # what comes before it is enough already
-        p = p.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
-    # The least of exponential times over p falls on i with probability p_i. torch.multinomial would wait for the GPU.
-    time = torch.empty_like(p).exponential_(generator=generator).clamp_(min=1e-30)
-    return (p / time).argmax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+    # Of exponential times over exp(logit), the least falls on i with probability softmax_i. Here in logarithms: few steps,
+    # since each is a launch, and torch.multinomial would wait for the GPU.
+    time = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30)
+    return (logits - time.log_()).argmax(dim=-1, keepdim=True)
 
 
 class GPT(nn.Module):
@@ -821,24 +821,28 @@ class GPT(nn.Module):
         training = self.training
         self.eval()
         try:
-            context = new = idx[:, -limit:]  # all that the model may look at, and what of it the cache has not seen
-            capacity = min(limit, context.shape[1] + max_new_tokens)
+            new = idx[:, -limit:]
+            context, length = [new], new.shape[1]  # all that the model may look at; new is what of it the cache has not seen
+            capacity = min(limit, length + max_new_tokens)
             cache = KVCache(self, len(idx), capacity, cache_dtype) if use_cache else None
             stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # (B, 1)
             for _ in range(max_new_tokens):
-                if context.shape[1] > limit:
-                    context = new = context[:, -max(limit // 2, 1) :]
+                if length > limit:
+                    new = torch.cat(context, dim=1)[:, -max(limit // 2, 1) :]
+                    context, length = [new], new.shape[1]
                     if cache is not None:
                         cache.length = 0
                 if decode is not None and cache is not None and cache.length:
                     logits = decode(self, new, cache)
                 else:
-                    logits = self.next_logits(context if cache is None else new, cache)  # (B, vocab_size)
+                    whole = new if cache is not None else torch.cat(context, dim=1)
+                    logits = self.next_logits(whole, cache)  # (B, vocab_size)
                 new = pick(widen(logits), temperature, top_k, top_p, generator)  # (B, 1)
                 if stop is not None:
                     new = new.masked_fill(stopped, stop)
                     stopped = new == stop
-                context = torch.cat((context, new), dim=1)
+                context.append(new)
+                length += 1
                 yield new
                 if stop is not None and stopped.all():
                     return

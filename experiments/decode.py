@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfa import GPT, MLA, Attention, Block, KVCache, alibi, rotate
+from mfa import GPT, MLA, Attention, Block, KVCache, alibi, rotate, widen
 from train import attention_kernels
 
 try:
@@ -299,7 +299,7 @@ def start(embed: nn.Module, first: Block, new: Tensor, pos: Tensor, kept: list[T
 
 
 def end(last: Block, norm: nn.Module, head: nn.Module, x: Tensor, y: tuple[Tensor, ...], pos: Tensor) -> Tensor:
-    return head(norm(finish(last, x, y, pos)))[:, -1]  # (B, vocab_size)
+    return widen(head(norm(finish(last, x, y, pos)))[:, -1])  # (B, vocab_size), as sampling wants it
 
 
 @functools.cache

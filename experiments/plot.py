@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from provenance import ROOT
 from studies import (
     BEST,
+    BEYOND,
     FIGURE1,
     GRID,
     LENGTH,
@@ -163,11 +164,12 @@ def grid_part(results: Results) -> str:
     arms = [("figure1", arm) for arm in FIGURE1] + [("table4", arm) for arm in ("vanilla", "proj", "residual")]
     for study, arm in arms:
         lowest, cells = best(study, arm, results.done, results.toy), []
-        for times in GRID:
+        for times in (*GRID, BEYOND):
             rows = [row for row in results.of(study, arm, times) if row["seed"] == 0]
-            cells.append(f"**{outcome(rows)}**" if rows and times == lowest else outcome(rows))
+            text = "–" if times == BEYOND and not rows else outcome(rows)
+            cells.append(f"**{text}**" if rows and times == lowest else text)
         body.append([STUDIES[study][arm].name, *cells])
-    rates = [f"{run_for('figure1', 'mha', times, 0, results.toy).lr:.2g}" for times in GRID]
+    rates = [f"{run_for('figure1', 'mha', times, 0, results.toy).lr:.2g}" for times in (*GRID, BEYOND)]
     return table(["perplexity at seed 0, peak lr", *rates], body)
 
 
@@ -176,7 +178,7 @@ def table_part(study: str):
 
 
 def question_a_part(results: Results) -> str:
-    planned, both = {task.run for task in queue({}, "question_a", results.toy)}, (0.5, 1)
+    planned, both = {task.run for task in queue({}, "question_a", results.toy)}, GRID[1:]
     body = []
     for arm, a in QUESTION_A.items():
         wanted = [run_for("question_a", arm, times, 0, results.toy) in planned for times in both]

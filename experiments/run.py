@@ -116,7 +116,7 @@ def compiled_loss(model: GPT, dtype: torch.dtype, how: str) -> Callable[[Tensor]
 
 
 def as_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """step on a GPU, from its fourth call on as one CUDA graph: launching a small model's kernels takes longer than running them."""
+    """step on a GPU, from its fourth call on as one CUDA graph: a small model's kernels take longer to launch than to run."""
     graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
 
     def call() -> None:
