@@ -417,8 +417,13 @@ def make_optimizer(model: GPT, args: Train, device: torch.device) -> torch.optim
 
 def compare(ckpt: dict, args: Train, cfg: Config, source: dict, path: Path) -> None:
     """BadInput if these flags, this model or this text are not those of the checkpoint."""
-    old = {**ckpt["args"], **ckpt["config"], "text": ckpt["data"]}
-    new = {**pack_args(args), **asdict(cfg), "text": source}
+
+    def of_text(data: dict) -> str:
+        files = ", ".join(f"{file['name']} of sha256 {file['sha256'][:8]}" for file in data["sources"])
+        return f"{files}, {data['train_tokens']:,} + {data['val_tokens']:,} tokens"
+
+    old = {**ckpt["args"], **ckpt["config"], "the text": of_text(ckpt["data"])}
+    new = {**pack_args(args), **asdict(cfg), "the text": of_text(source)}
     changed = [k for k in new if k not in FREE | {"model"} and old.get(k) != new[k]]
     if changed:
         what = ", ".join(f"{k} was {old.get(k)!r} and is now {new[k]!r}" for k in changed)
@@ -544,6 +549,8 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
             raise BadInput(f"--block_size {T}: the {name} text of {folder} has {len(ids)} tokens, and more are needed")
 
     # The model, at MHA's number of parameters.
+    if 0 < args.model.vocab_size < meta["vocab_size"]:
+        raise BadInput(f"--vocab_size {args.model.vocab_size}: {folder} has {meta['vocab_size']} tokens, give as many or more")
     try:
         cfg = replace(args.model, vocab_size=max(args.model.vocab_size, meta["vocab_size"]))
         mha = mha_of(cfg)

@@ -193,6 +193,7 @@ TABLE = {
     # train.py's flags
     "batch of nothing": (nothing, "train.py --batch_size 0", "--batch_size must be positive, not 0"),
     "odd batch": (nothing, "train.py --grad_accum 3", "--batch_size 4 must be a multiple of 1 processes x 3"),
+    "vocabulary below the text's": (nothing, "train.py --vocab_size 5", "--vocab_size 5: ", "tokens, give as many or more"),
     "no steps": (nothing, "train.py --max_iters 0", "--max_iters must be positive, not 0"),
     "negative learning rate": (nothing, "train.py --learning_rate -0.1", "--learning_rate must be positive, not -0.1"),
     "learning rate NaN": (nothing, "train.py --learning_rate nan", "--learning_rate must be positive, not nan"),
