@@ -427,7 +427,10 @@ def baby(bench: Bench) -> None:
         generate()
         startup = time.perf_counter() - began
         seconds = bench.median(generate, 5 if not bench.args.smoke else 1) / 1000
-        return {"ms": 1000 * seconds / length, "tokens_per_s": length / seconds, "tokens": length, "startup_s": startup}
+        row = {"ms": 1000 * seconds / length, "tokens_per_s": length / seconds, "tokens": length, "startup_s": startup}
+        if bench.cuda:  # what the kernels take; the rest of ms the GPU waits for the host
+            row["gpu_ms"] = sum(kernel_times(generate, 1)[0].values()) / 1000 / length
+        return row
 
     def ours(cfg: Config, **how) -> dict:
         model = bench.model(cfg)
@@ -624,7 +627,8 @@ def table(bench: Bench) -> None:
     other = quickest(bench.rows, model="baby", engine="nanogpt")
     for row in (r for r in bench.rows if r["model"] == "baby" and "ms" in r):
         times = f", {row['tokens_per_s'] / other['tokens_per_s']:.1f} times nanoGPT (10 wanted)" if other else ""
-        print(f"baby {row['engine']} {row['attn']} {row['kernel']}: {row['tokens_per_s']:,.0f} tokens/s{times}")
+        busy = f", the GPU is busy {row['gpu_ms'] / row['ms']:.0%} of the time" if "gpu_ms" in row else ""
+        print(f"baby {row['engine']} {row['attn']} {row['kernel']}: {row['tokens_per_s']:,.0f} tokens/s{times}{busy}")
     for attn in ("mfa", "mha", "mfa_kr"):
         with_, without = (quickest(bench.rows, model="tiny", attn=attn, engine=e) for e in ("ours", "ours, no cache"))
         if with_ and without:
