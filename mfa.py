@@ -151,7 +151,8 @@ class Config:
         """Std of the initial weights.
 
         Paper: 0.02, at H = 2048. A score is a product of up to four matrices: at a tenth of that width 0.02 starts the
-        factored attentions almost uniform, and they lose for that reason alone. sqrt(2048 / H) keeps the scores' size.
+        factored attentions almost uniform. sqrt(2048 / H) keeps the scores' size, and the values'; notebook 07 takes
+        the two apart, and question B of experiments/README.md asks what it does to the loss.
         """
         return self.init_std or 0.02 * math.sqrt(2048 / self.dim)
 

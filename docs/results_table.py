@@ -159,7 +159,8 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
         where = "in brackets the share of MHA's cache in that study"
         lines.append(f"Perplexity: validation, {setting(found[0].rows[0])}; {where}; {spread}.")
     if decode["rows"]:
-        lines.append(f"Tokens/s: the 1B shape, random weights, batch {BATCH}, context {CONTEXT:,}, on one {decode['device']}.")
+        shape = "the 1B shape, FFN not matched, random weights"
+        lines.append(f"Tokens/s: {shape}, batch {BATCH}, context {CONTEXT:,}, on one {decode['device']}.")
     return lines
 
 

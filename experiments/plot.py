@@ -191,10 +191,12 @@ def question_a_part(results: Results) -> str:
 def question_b_part(results: Results) -> str:
     body = []
     for attn, name in (("mha", "MHA"), ("mqa", "MQA"), ("mla", "MLA, joint latent of dim/4"), ("mfa", "MFA, C = dim/8")):
-        arms = [f"{attn}_{size}_{init}" for size in ("30m", "7m") for init in ("scaled", "plain", "attn")]
+        arms = [f"{attn}_{size}_{init}" for size in ("30m", "7m") for init in ("scaled", "plain", "attn", "vo")]
         body.append([name, *(outcome(results.of("question_b", arm)) for arm in arms)])
     heads = [
-        f"dim {dim}, {std}" for dim in (512, 256) for std in (f"{0.02 * (2048 / dim) ** 0.5:.3f}", "0.02", "0.02 in attention")
+        f"dim {dim}, {std}"
+        for dim in (512, 256)
+        for std in (f"{0.02 * (2048 / dim) ** 0.5:.3f}", "0.02", "0.02 in attention", "0.02 in V, O")
     ]
     return table(["perplexity by init std", *heads], body)
 

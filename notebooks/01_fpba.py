@@ -5,7 +5,7 @@
 #
 # **The story.** Every attention in this course is one formula with some matrices made smaller. So we begin with the formula in
 # which *nothing* is made smaller: Fully Parameterized Bilinear Attention (FPBA). Nobody trains it. It is the yardstick: the
-# most an attention of this kind can do, and what that would cost in parameters and in cache.
+# most an attention of this kind with at most $H$ heads can do, and what that would cost in parameters and in cache.
 #
 # **After this notebook you can**
 #
@@ -202,7 +202,7 @@ plt.show()
 
 # %% [markdown]
 # Each channel has a map of its own. (The blue-green corners are the first tokens. They have no token $c$ steps back, so they
-# look at everything alike.) A head of ordinary attention with one map for many channels would need $D$ heads for this.
+# look at everything alike.) Ordinary attention, with one map per head, would need $D$ heads for this.
 #
 # *Caveat.* "Can represent" is not "will learn", and it is not "needs all of it". Here 8 channels of 32 do something, and each
 # $U_c$ has a single entry. FPBA is an upper bound, and most of it lies idle.

@@ -213,7 +213,8 @@ plt.show()
 # what training did, and here it is small: the blue curves lie a little lower.
 #
 # Does the model use the small directions? Cut every head's $W_c$ to rank $r$ and evaluate again. At $r = 0$ all scores are
-# zero, and only ALiBi's distances are left: this is what the model can do without looking at content.
+# zero, and only ALiBi's distances are left: this is what is left of *this* model when where it looks no longer depends on
+# content.
 
 # %%
 loss_at = {}
@@ -239,8 +240,9 @@ ax.margins(y=0.12)
 plt.show()
 
 # %% [markdown]
-# One direction per head already brings more than half of what content is worth here, and rank 10 comes within 0.05 nats of the
-# whole. No single direction beyond that matters much, but there is no step in the curve either, nor in the spectrum above:
+# One direction per head already brings back more than half of what the cut to 0 costs, and rank 10 comes within 0.05 nats of
+# the whole. (A model trained without content would do better than this one without it, so the whole is less than what was cut
+# off.) No single direction beyond that matters much, but there is no step in the curve either, nor in the spectrum above:
 # nothing here says "the rank of this head is 5". *Caveats.* One seed, a tiny model, ten seconds of training. And a model that
 # is cut after training had no chance to adapt; one that is trained at rank 8 from the start may do better.
 #

@@ -278,8 +278,8 @@ assert kept == dict(joint=C + 4, separate=2 * C + 4)
 
 # %% [markdown]
 # So at equal $C$ the separate form can do more, for twice the latents. At equal *cache* it is the other way round: a joint
-# latent of width $2C$ contains the separate form (exercise 2). This is why DeepSeek's choice is the better one, and why one
-# must ask which MLA a number belongs to.
+# latent of width $2C$ contains the separate form (exercise 2), with twice the parameters in $K_c$ and $V_c$. Whether it learns
+# more is not shown here. But one must ask which MLA a number belongs to.
 #
 # **The paper uses both.** Table 1 has $2C + d_r$. Figure 1's MLA follows DeepSeek-V2-Lite: one joint latent with $C = 512$,
 # $d_r = 64$, an RMSNorm on it, and queries made straight from the state. The abstract's "56%" comes from the second. At 16 bits
@@ -317,9 +317,10 @@ close("absorbed, from normalised latents", (p @ c @ heads_of(normed.v) @ normed.
 # %% [markdown]
 # ## Why MLA is sensitive to its initialisation
 #
-# The paper reports that MLA works only with DeepSeek's initialisation. One reason can be computed. A score of MHA is a product
-# of two weight matrices; one of MLA is a product of four. If each makes its input a little smaller, four make it much smaller.
-# We measure the standard deviation of the scores of a new layer.
+# The paper reports that MLA works only with DeepSeek's initialisation. What an initialisation does to the first scores can be
+# computed. A score of MHA is a product of two weight matrices; one of MLA is a product of four. If each makes its input a
+# little smaller, four make it much smaller. We measure the standard deviation of the scores of a new layer, also for
+# DeepSeek-V2's own 0.006.
 
 
 # %%
@@ -331,7 +332,7 @@ def score_std(H, std, attn, **fields):
 
 
 spread = {}
-for H_, std in ((2048, 0.02), (128, 0.02), (128, 0.0)):  # 0.0: the default of mfa.py
+for H_, std in ((2048, 0.02), (2048, 0.006), (128, 0.02), (128, 0.0)):  # 0.0: the default of mfa.py
     direct = dict(attn="mla", compress_query=False, latent_dim=H_ // 4)  # as in DeepSeek-V2-Lite
     layers = {"MHA": dict(attn="mha"), "MFA": dict(attn="mfa"), "MLA, direct query": direct, "MLA, Table 1": dict(attn="mla")}
     spread[H_, std] = {name: score_std(H_, std, **fields) for name, fields in layers.items()}
@@ -340,11 +341,13 @@ assert spread[128, 0.02]["MLA, Table 1"] < 0.001 < 0.05 < spread[128, 0.0]["MLA,
 
 # %% [markdown]
 # At $H = 2048$, the standard deviation 0.02 starts MHA with scores of spread 0.8. Each further factor leaves less than half of
-# it: Table 1's MLA starts at a tenth of MHA's. At $H = 128$ the same 0.02 leaves nothing at all: softmax starts uniform, the
-# layer averages all tokens, and it takes many steps to get out of that. So a comparison at small width with std 0.02 would show
-# the initialisation, not the attention. `mfa.py`'s default is $0.02 \sqrt{2048/H}$, which keeps the spread of the large model
-# at every width (last line). It does not make the attentions equal: for that, DeepSeek's initialisation and norm are needed.
-# The paper describes its MLA initialisation in Appendix B, which our copy lacks.
+# it: Table 1's MLA starts at a tenth of MHA's. At $H = 128$ the same 0.02 leaves nothing at all: softmax starts uniform, and
+# the layer averages all tokens. Notebook 07 asks how much that costs. `mfa.py`'s default is $0.02 \sqrt{2048/H}$, which keeps
+# the spread of the large model at every width (last line).
+#
+# **This does not explain the paper's finding.** DeepSeek's own 0.006 is smaller than 0.02, and makes the first scores of all
+# attentions smaller still. So it is not larger scores that DeepSeek's start brings. The paper describes its MLA initialisation
+# in Appendix B, which our copy lacks.
 #
 # ## Exercises
 #

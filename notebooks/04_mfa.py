@@ -4,7 +4,7 @@
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/mfa/blob/main/notebooks/04_mfa.ipynb)
 #
 # **The story.** A KV cache is small when all heads share one key and one value. MQA does that and loses accuracy. MFA shares
-# the key too, but makes it wider and puts many more heads on it. That is affordable because a head costs little: its query is
+# the key too, but makes it twice as wide, and can afford about as many of these wide heads as before, because their query is
 # factored. We derive this, measure it, and then say plainly what it does not do.
 #
 # **After this notebook you can**
@@ -306,9 +306,10 @@ plt.show()
 # %% [markdown]
 # So: **true** is that MFA is contained in an MQA of head width $C$, and that it adds no capacity to that MQA. **Also true** is
 # that the MQA one would have used instead is a different one: with $n$ heads of width $d = C/2$, and half the cache. At the
-# same parameters MFA has a wider key and many more heads. The comparison that matters is at equal parameters and equal cache,
-# and it is empirical. **False** is that a total effective rank of $mC$ makes MFA larger than an MQA of width $C$ with the same
-# number of heads.
+# same parameters MFA has a key twice as wide and somewhat fewer heads (at the paper's shape 14 of 256 against 18 of 128), so
+# that heads times width is 3,584 against 2,304. The comparison that matters is at equal parameters and equal cache, and it is
+# empirical. **False** is that a total effective rank of $mC$ makes MFA larger than an MQA of width $C$ with the same number of
+# heads.
 #
 # *Caveat.* A random MQA is the worst case for a cut. A trained one might have a query matrix of lower rank, and the paper's bet
 # is that little is lost.
@@ -329,7 +330,7 @@ for offset in (0, 1, 7):
     R = rope.rotation(offset, Q_r, C)  # (C, C)
     close(f"W_c({offset})", S @ Q_r @ R @ K_r, rope.qk_circuit(offset))
     assert rank(rope.qk_circuit(offset)).tolist() == [C] * m
-cached = {p: ATTENTION["mfa"].counts(replace(cfg, pos=p)).kv_cache for p in ("none", "rope")}
+cached = {p: KVCache(GPT(replace(cfg, pos=p, n_layer=1)), 1, 1).numel() for p in ("none", "rope")}  # as allocated
 print("cached per token and layer:", cached)
 assert cached == dict(none=2 * C, rope=2 * C)
 
@@ -367,9 +368,9 @@ right = max(n for n in range(1, 100) if count("mfa", dim=1024, latent_dim=128, n
 check(1, most_heads, right, "a layer has H(3C + mC) + mC^2 parameters; solve for m and round down.")
 
 # %% [markdown]
-# **2 (medium).** Every MFA is an FPBA too (notebook 01). Give the two weights, `W` and `U`, both $(H, H, H)$, of an FPBA that
-# computes the same as `mfa`. FPBA divides its scores by $\sqrt H$, not $\sqrt C$, and has $H$ heads, of which you need only
-# $m$.
+# **2 (medium).** Without rotary positions every MFA of at most $H$ heads is an FPBA too. Give the two weights, `W` and `U`,
+# both $(H, H, H)$, of an FPBA that computes the same as `mfa`. FPBA divides its scores by $\sqrt H$, not $\sqrt C$, and has $H$
+# heads, of which you need only $m$.
 
 
 # %%

@@ -312,21 +312,21 @@ plt.show()
 # they are there, and the plot after it puts them (hollow) beside the prediction (lines).
 
 # %%
-path, ms = nb.ROOT / "experiments" / "results" / "decode.json", {}
+path, ms, floors = nb.ROOT / "experiments" / "results" / "decode.json", {}, {}
 decode = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(rows=[])
 rows = [row for row in decode["rows"] if (row["model"], row["engine"]) == ("paper-1b", "ours") and "ms" in row]
 W, c, bandwidth = weights["1B"], {cfg.attn: counted(cfg) for cfg in model_1b.values()}, decode.get("bandwidth", bandwidth)
 for row in sorted(rows, key=lambda row: -row["ms"]):  # some cells have several kernels: the quickest comes last and stays
     assert row.get("cache_bytes", row["counts_bytes"]) == row["counts_bytes"], row  # what was allocated is what counts() says
     ms[row["attn"], row["mode"], row["batch"], row["context"]] = row["ms"]
+    floors[row["ms"]] = row["floor_ms"]  # with that model's weights, in that run
     c[row["attn"]] = row["counts_bytes"] // (row["batch"] * row["context"])  # of the very model that was measured
 missing = "No measured steps yet: experiments/results/decode.json is missing. The plot below shows the prediction alone."
 print(f"Measured on one {decode['device']}" if rows else missing)
 most = max((size for (attn, _, *size) in ms if attn == "mha"), key=lambda size: size[0] * size[1], default=None)
 for (attn, mode, *size), time in ms.items():
     if size == most:
-        floor = (W + size[0] * size[1] * c[attn]) / bandwidth * 1e3
-        print(f"{NAME[attn]:6} {mode:7} batch {size[0]}, context {size[1]:,}: {time:6.2f} ms, floor {floor:.2f} ms")
+        print(f"{NAME[attn]:6} {mode:7} {size[0]} sequences of {size[1]:,}: {time:6.2f} ms, floor {floors[time]:.2f} ms")
 
 # %%
 tokens, fig, ax = torch.logspace(3, 7.5, 50), *plt.subplots(figsize=(7.4, 4.0))
@@ -343,28 +343,32 @@ ax.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# One user with a short chat (a few thousand tokens, on the left) gains almost nothing. A server with 64 users at 16k tokens, a
-# million in all, could become about seven times as fast with MFA. Hollow marks, where there are any, were measured; they lie
-# below the lines, since a floor is a limit and not a promise. (Crosses are MFA-KR with `key_reuse_rope="pre"`.)
+# One user with a short chat (a few thousand tokens, on the left) gains nothing: for one sequence of 1,024 tokens MFA was
+# measured a little slower than MHA, and a step takes three times its floor, so it waits for something other than memory. A
+# server with 64 users at 16k tokens, a million in all, could become about seven times as fast with MFA. Hollow marks, where
+# there are any, were measured; they lie below the lines, since a floor is a limit and not a promise. (Crosses are MFA-KR with
+# `key_reuse_rope="pre"`.)
 #
 # So when do smaller caches **not** make decoding faster?
 #
-# 1. *Few cached tokens.* The weights dominate. Fewer bytes of weights help there.
+# 1. *Few cached tokens.* The weights dominate, and with a single sequence small kernels. Fewer bytes of weights help a little.
 # 2. *Right of the ridge.* Very many heads on one latent; or several tokens decoded at once (speculative decoding), which
 #    multiplies the intensity by their number (exercise 3).
 # 3. *Training and prompts.* Compute-bound; see above.
 # 4. *The kernel does something else.* The formula lets MFA-KR read its key once for two uses. PyTorch's attention takes key and
 #    value as two tensors and reads both, so in an early measurement of this project MFA-KR gained 10% over MFA instead of a
 #    factor of 2. With `pre`, PyTorch's operations write all keys, rotated, to memory and read them back, in every step; in a
-#    kernel that turns them as they pass through (`experiments/decode.py`) it costs a sixth of a step. And a tiny model waits for
-#    its launches, not for its bytes.
+#    kernel that turns them as they pass through (`experiments/decode.py`) it costs a sixth of a step. And a tiny model waits
+#    for its launches, not for its bytes.
 #
 # Even then, wherever there is a cache, a smaller one means more users or longer contexts on the same GPU.
 #
 # ## The paper, recomputed
 #
-# What follows goes through every misprint and gap that we know of in the paper, each with the arithmetic that shows it. None of
-# them touches the idea. Together they decide whether somebody else's implementation gives the same model.
+# What follows goes through the misprints and gaps that change a number, each with the arithmetic that shows it, grouped by what
+# shows them. (Notebooks 01 and 02 meet three that do not: a transpose in Eq. 1, the text's $nh = H$, and Table 1's shared
+# dimension of MHA.) None of them touches the idea. Together they decide whether somebody else's implementation gives the same
+# model.
 #
 # **1. Equations 6 and 7.** $O_c$ is printed $C \times C$. Table 1's parameters $H(3C + mC) + mC^2$ contain $mCH$ for it: $H
 # \times C$. The scores are printed over $\sqrt d$; the key is $C$ wide, so $\sqrt C$. The sum runs to $n$; Table 1 says $m$.
@@ -492,6 +496,8 @@ print(f"8. with q_rank 20: rank {wide.query_side} on the query side, {wide.key_s
 assert (wide.query_side, wide.key_side) == (20, 8)
 for reuse in ("vanilla", "proj", "residual", "gated"):
     attn = ATTENTION["mfa_kr"](Config(attn="mfa_kr", key_reuse=reuse, **small))
+    if reuse == "gated":
+        attn.alpha.copy_(torch.randn(8))  # as after training; zero would leave nothing to fold
     close(f"11. {reuse:8} folded into vanilla", containment.fold_key_reuse(attn)(x), attn(x))
 with_norm, without = (ATTENTION["mla"].counts(replace(model_1b["MLA, joint"], latent_norm=n)) for n in (True, False))
 print(f"12. the fair MLA caches {with_norm.kv_cache} elements; its norm adds {with_norm.params - without.params} parameters")

@@ -189,7 +189,11 @@ def test_weights_are_laid_side_by_side_once():
     model = gpt("mfa")
     first, second = Decoder(model, compiled=True), Decoder(model, compiled=True)
     for a, b in zip(first.blocks, second.blocks, strict=True):
-        assert a.attn_norm[1].matrix.data_ptr() == b.attn_norm[1].matrix.data_ptr() == model.blocks[a.attn.layer].attn.s_q.weight.data_ptr()
+        assert (
+            a.attn_norm[1].matrix.data_ptr()
+            == b.attn_norm[1].matrix.data_ptr()
+            == model.blocks[a.attn.layer].attn.s_q.weight.data_ptr()
+        )
     model.load_state_dict({name: torch.randn_like(p) for name, p in model.state_dict().items()})
     idx = tokens(model.cfg)
     assert difference(logits(model, idx, Decoder(model)), logits(model, idx)) < 1e-13  # the plain blocks
@@ -286,7 +290,10 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decode")
     (folder / "model.py").write_text(NANOGPT, encoding="utf-8")
     flags = f"--smoke --device cpu --steps 2 --results {folder}/decode.json --nanogpt {folder}".split()
-    assert command(bench_decode.main, bench_decode.Args, [*flags, "--part", "must", "profile", "baby", "grid", "tiny", "plot"]) == 0
+    assert (
+        command(bench_decode.main, bench_decode.Args, [*flags, "--part", "must", "profile", "baby", "grid", "tiny", "plot"])
+        == 0
+    )
     return folder, json.loads((folder / "decode.json").read_text(encoding="utf-8"))
 
 
@@ -306,7 +313,12 @@ def test_every_part_of_the_benchmark_leaves_its_rows(toy):
 
 def test_the_profile_accounts_for_every_millisecond(toy):
     profile = toy[1]["profile"]
-    assert [(s["attn"], s["mode"]) for s in profile["steps"]] == [("mfa", ""), ("mfa_kr", "post"), ("mfa_kr", "pre"), ("mla", "joint")]
+    assert [(s["attn"], s["mode"]) for s in profile["steps"]] == [
+        ("mfa", ""),
+        ("mfa_kr", "post"),
+        ("mfa_kr", "pre"),
+        ("mla", "joint"),
+    ]
     for step in profile["steps"]:
         assert step["run"] in toy[1]["runs"]
         assert sum(step["us"].values()) == pytest.approx(1000 * step["ms"])

@@ -70,6 +70,14 @@ def test_the_attention_alone_can_start_at_the_papers_std():
     assert found == pytest.approx([0.02, 0.02 / 4**0.5, 0.04], rel=0.05)
 
 
+def test_values_and_outputs_alone_can_start_at_the_papers_std():
+    run = run_for("question_b", "mfa_30m_vo", 1, 0)
+    torch.manual_seed(0)
+    attn = studies.build(run).blocks[1].attn
+    found = [p.detach().std().item() for p in (attn.q.weight, attn.s_k.weight, attn.s_v.weight, attn.o.weight)]
+    assert found == pytest.approx([0.04, 0.04, 0.02, 0.02 / 4**0.5], rel=0.05)
+
+
 def test_deepseek_init():
     torch.manual_seed(0)
     model = studies.build(run_for("figure1", "mla_deepseek", 1, 0))

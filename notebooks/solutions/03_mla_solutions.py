@@ -71,9 +71,9 @@ check(2, double(x), mla(x), hint)
 # **3.** $W_c = S_q (Q_c K_c^T) S_k^T$ has MFA's form with $Q'_c = Q_c K_c^T \sqrt{C/d}$, and $U_c = S_v (V_c O_c^T)$ has it
 # with $O'^T_c = V_c O_c^T$.
 #
-# So without positions **every MLA is an MFA**: one whose $Q'_c$ has rank $d$ instead of $C$. MFA drops the restriction, and
-# pays $C^2$ parameters per head for it instead of $2Cd$. And under rotary positions MFA rotates the latent (second check),
-# where MLA needs the decoupled key.
+# So without positions **every MLA is an MFA**: one whose $Q'_c$ and $O'_c$ have rank $d$ instead of $C$. MFA drops the
+# restriction. A head of it has $C^2 + HC$ parameters, one of MLA $3Cd + Hd$; with $C = 2d$ the two agree in $Q'_c$, and what
+# MFA pays for is $O_c$. And under rotary positions MFA rotates the latent (second check), where MLA needs the decoupled key.
 
 
 # %%
