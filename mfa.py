@@ -56,8 +56,8 @@ def need(ok: bool, what: str) -> None:
 class Config:
     """Everything that shapes a model; `Config(attn="mfa_kr")` is a small one.
 
-    Fields that the chosen attention does not use are ignored. 0 in n_head, latent_dim, q_rank, ffn_dim and init_std
-    means a default that is worked out on use, so `dataclasses.replace(cfg, attn="mha")` stays right.
+    Fields that the chosen attention does not use are ignored. 0 in n_head, latent_dim, q_rank, ffn_dim, init_std or
+    vo_std means a default that is worked out on use, so `dataclasses.replace(cfg, attn="mha")` stays right.
     Raises ValueError, in one sentence, when no model of this shape can exist.
     """
 
@@ -85,6 +85,7 @@ class Config:
     key_reuse: str = "gated"  # mfa_kr: gated (the paper's), or Table 4's steps vanilla, proj, residual
     key_reuse_rope: str = "pre"  # mfa_kr: where rotary keys are reused: pre, post or inverse (see MFAKR)
     init_std: float = 0.0  # std of the weights at the start; 0: 0.02 * sqrt(2048 / dim)
+    vo_std: float = 0.0  # that of the attention's values and outputs (V, O; S_v; U); 0: as the others
     n_expert: int = 0  # routed experts; 0: dense FFNs
     n_expert_active: int = 2  # routed experts a token visits
     moe_ffn_dim: int = 0  # width of one routed expert
@@ -104,7 +105,7 @@ class Config:
         positive = f"block_size n_layer dim {widths[attn]} {'n_expert_active moe_ffn_dim' if E > 0 else ''}"
         for name in positive.split():
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in "vocab_size n_head latent_dim q_rank ffn_dim init_std n_expert shared_ffn_dim".split():
+        for name in "vocab_size n_head latent_dim q_rank ffn_dim init_std vo_std n_expert shared_ffn_dim".split():
             need(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
         need(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         need(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
@@ -299,8 +300,9 @@ def init_weights(module: nn.Module, cfg: Config, layer: int) -> None:
         elif p.dim() == 1:
             nn.init.ones_(p)  # RMSNorm
         else:
+            std = cfg.vo_std or cfg.std if leaf in ("s_v", "v", "o", "U") else cfg.std
             # Paper: sqrt(2 * layer_idx); read as a one-based depth, or the first layer would be divided by zero.
-            std = cfg.std / math.sqrt(2 * (layer + 1)) if leaf in ("o", "U", "w2") else cfg.std
+            std = std / math.sqrt(2 * (layer + 1)) if leaf in ("o", "U", "w2") else std
             nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)  # the default a, b = -2, 2 would cut nothing
 
 

@@ -56,7 +56,7 @@ class Arm(NamedTuple):
     model: dict  # fields of Config, on top of the size's
     paper: str = ""  # the paper's perplexity
     size: str = "30M"
-    build: str = ""  # "": GPT(cfg); "deepseek_init"; "attention_0.02"; "values_0.02"; or one of Table 6's hybrids
+    build: str = ""  # "": GPT(cfg); "deepseek_init"; "attention_0.02"; or one of Table 6's hybrids
     matched: bool = True  # the FFN takes what the attention saves
 
 
@@ -130,7 +130,7 @@ QUESTION_B = {
         ("scaled", "0.02 sqrt(2048 / dim)", {}, ""),
         ("plain", "0.02", dict(init_std=0.02), ""),
         ("attn", "0.02 in the attention alone", {}, "attention_0.02"),
-        ("vo", "0.02 in values and outputs alone", {}, "values_0.02"),  # notebook 07: at toy size this is the best start
+        ("vo", "0.02 in values and outputs alone", dict(vo_std=0.02), ""),  # notebook 07: at toy size this is the best start
     )
 }
 # What MFA's distance from MHA depends on.
@@ -263,10 +263,6 @@ def build(run: Run) -> GPT:
     if run.build == "attention_0.02":
         for layer, block in enumerate(model.blocks):
             init_weights(block.attn, replace(run.cfg, init_std=0.02), layer)
-    if run.build == "values_0.02":  # MLA's joint latent is the keys' too, and stays
-        for block in model.blocks:
-            for p in (p for name, p in block.attn.named_parameters() if name in ("v.weight", "s_v.weight", "o.weight")):
-                p.detach().mul_(0.02 / run.cfg.std)
     if run.build == "deepseek_init":
         # DeepSeek-V2, Section 3.1.2: all parameters normal with std 0.006, output projections too. The MFA paper takes that at
         # H = 2048; here it goes with the width as our own 0.02 does, and the embedding keeps 0.006, as ours keeps 0.02.

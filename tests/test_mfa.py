@@ -337,6 +337,16 @@ def test_init_std_and_n_are_as_asked():
     assert (attn.alpha == 0).all()
 
 
+@pytest.mark.parametrize("attn", ["fpba", "mha", "mla", "mfa"])
+def test_values_and_outputs_can_start_smaller(attn):
+    torch.manual_seed(0)
+    layer = ATTENTION[attn](Config(attn=attn, dim=64, vo_std=0.01), layer=1)
+    for name, p in layer.named_parameters():
+        leaf = name.removesuffix(".weight")
+        std = 0.01 if leaf in ("s_v", "v", "o", "U") else layer.cfg.std
+        assert p.std().item() == pytest.approx(std / (2 if leaf in ("o", "U") else 1) * TRUNCATED, rel=0.1), name
+
+
 def test_the_paper_width_needs_no_scaling():
     assert preset("paper-1b").std == preset("paper-7b").std == 0.02
 
@@ -599,6 +609,7 @@ IMPOSSIBLE = [
     (dict(q_rank=-1), "q_rank must not be negative, not -1"),
     (dict(ffn_dim=-1), "ffn_dim must not be negative, not -1"),
     (dict(init_std=-0.1), "init_std must not be negative, not -0.1"),
+    (dict(vo_std=-0.1), "vo_std must not be negative, not -0.1"),
     (dict(n_expert=-1), "n_expert must not be negative, not -1"),
     (dict(shared_ffn_dim=-1), "shared_ffn_dim must not be negative, not -1"),
     (dict(dropout=1.0), "dropout must be in [0, 1), not 1.0"),
