@@ -107,8 +107,11 @@ class Config:
             need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in "vocab_size n_head latent_dim q_rank ffn_dim init_std vo_std n_expert shared_ffn_dim".split():
             need(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
+        for name in "rope_base norm_eps init_std vo_std balance_coef".split():
+            need(math.isfinite(getattr(self, name)), f"{name} must be a finite number, not {getattr(self, name)}")
         need(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         need(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
+        need(E == 0 or self.n_layer > 1, "n_expert needs at least 2 n_layer: the first block's FFN stays dense")
         need(not E or k <= E, f"n_expert_active {k} is more than n_expert {E}")
         n, g, no_latent = self.heads, self.n_kv_head, f"latent_dim 0 means dim // 8, which is 0 at dim {self.dim}"
         need(n >= 1, f"head_dim {self.head_dim} leaves no head in dim {self.dim}: make it smaller, or give n_head")
@@ -724,11 +727,11 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -math.inf)
+        kept = logits.topk(top_k)  # values and ids, (B, top_k) each
+        logits = torch.full_like(logits, -math.inf).scatter_(-1, kept.indices, kept.values)
     if top_p is not None:
         ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # what comes before it is enough already
+        beyond = ordered.cumsum(dim=-1) - ordered >= max(top_p, 1e-30)  # what comes before it is enough already
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
     # Of exponential times over exp(logit), the least falls on i with probability softmax_i. Here in logarithms: few steps,
     # since each is a launch, and torch.multinomial would wait for the GPU.

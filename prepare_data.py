@@ -349,8 +349,12 @@ def read_blocks(path: Path) -> Iterator[bytes]:
         with file:
             while block := file.read(BLOCK):
                 yield block
-    except (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError) as e:
+    except (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, RuntimeError) as e:  # or encrypted
         raise BadInput(f"{path}: cannot be unpacked, it is damaged or no {suffix} file ({e})") from None
+    except OSError as e:
+        if e.errno is not None:
+            raise
+        raise BadInput(f"{path}: cannot be unpacked, it is damaged or no {suffix} file ({e})") from None  # bz2 in a zip
 
 
 def checksum(path: Path) -> tuple[int, str]:
@@ -576,7 +580,7 @@ def survey(corpus: Corpus, files: list[tuple[str, Path]], label: str, tokenizer:
     if corpus.rule == DOCUMENTS:
         sums = "".join(f"{source['name']} {source['sha256']}\n" for source in text.sources)
         size = sum(source["bytes"] for source in text.sources)
-        text.sources = [{"name": label, "bytes": size, "sha256": hashlib.sha256(sums.encode("utf-8")).hexdigest()}]
+        text.sources = [{"name": label, "bytes": size, "sha256": hashlib.sha256(os.fsencode(sums)).hexdigest()}]
     text.characters = "".join(sorted(characters))
     return text
 
@@ -619,6 +623,8 @@ def prepare(
     """
     if dataset not in CORPORA:
         raise BadInput(f"--dataset {dataset}: is not one of {', '.join(CORPORA)}; for a text of your own use --file")
+    if file is not None and not str(file):
+        raise BadInput("--file: is empty; give a text file or a folder of them")
     if file is not None and dataset != "shakespeare":
         raise BadInput(f"--file {file}: does not go with --dataset {dataset}; give one of the two")
     if source is not None and (file is not None or dataset == "python"):
@@ -785,6 +791,8 @@ def run_command(main: Callable, args_type: type, argv: list[str] | None = None, 
     for BadInput and for what the operating system refuses (disk full, no permission), with 130 for Ctrl-C, and without
     a word when whoever read the output has gone (| head).
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where they were closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows' own encoding cannot print every text
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -6,6 +6,7 @@ says how fast it was and how large the cache.
 
 import codecs
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -96,7 +97,8 @@ def main(args: Sample) -> None:
     if tokenizer.n_vocab > cfg.vocab_size:
         raise BadInput(f"{path} is of another tokenizer: it has {tokenizer.n_vocab} tokens, the model {cfg.vocab_size}")
     try:
-        prompt = tokenizer.encode(args.prompt).tolist() if args.prompt else start_of_text(tokenizer)
+        words = os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # where the terminal is not in UTF-8
+        prompt = tokenizer.encode(words).tolist() if words else start_of_text(tokenizer)
     except BadInput as e:
         raise BadInput(f"--prompt: {e}") from e
     if len(prompt) > cfg.block_size and not args.keep_end:

@@ -20,11 +20,13 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,6 +41,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mfa import ATTENTION, GPT, PRESETS, Config, preset
 from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_from
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = 1  # of a checkpoint; raised when old ones can no longer be read
 NEEDED = dict.fromkeys("model optimizer scaler config tokenizer data args".split(), dict)  # what it must hold
@@ -300,7 +307,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         raise BadInput(f"--device {name}: not on this machine; --device auto takes what there is") from e
     return device
 
@@ -364,9 +371,9 @@ def defaults(argv: list[str]) -> Train:
         first.add_argument(f"--{name}", nargs="?", default=default, const=default)
     first.add_argument("--resume", nargs="?", default=False, const=True)
     given = first.parse_known_args(argv)[0]
-    latest = Path(given.out or f"out/{given.preset}-{given.attn}") / "latest.pt"
-    if given.resume and latest.is_file():
-        return unpack_args(load_checkpoint(latest)["args"], latest)
+    out = Path(f"out/{given.preset}-{given.attn}" if given.out is None else given.out)
+    if given.resume and (out / "latest.pt").is_file():
+        return replace(unpack_args(load_checkpoint(out / "latest.pt")["args"], out / "latest.pt"), out=out)
     try:
         model = preset(given.preset, given.attn, vocab_size=0)
     except ValueError as e:
@@ -382,7 +389,7 @@ def pack_args(args: Train) -> dict:
 def unpack_args(saved: dict, latest: Path) -> Train:
     try:
         paths = {k: saved[k] and Path(saved[k]) for k in ("out", "data_dir")}
-        return Train(**{**saved, **paths, "model": Config(**saved["model"])})
+        return Train(**{**saved, **paths, "model": Config(**saved["model"]), "resume": False, "overwrite": False})
     except (TypeError, KeyError, ValueError) as e:
         raise BadInput(f"--resume: {latest} has other flags than this train.py ({e}): train it again") from e
 
@@ -468,6 +475,44 @@ def stop_unless_finite(value: float, what: str, step: int, latest: Path) -> None
         )
 
 
+def quoted(path: Path) -> str:
+    """path as it can be given to a shell again."""
+    return f'"{path}"' if re.search(r"\s", str(path)) else str(path)
+
+
+@contextlib.contextmanager
+def alone_in(out: Path):
+    """Keeps other trainings out of the folder, where the system can lock one. BadInput if one is in it already."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(folder)
+        raise BadInput(f"--out {out}: another process trains there; give another --out, or wait for it") from e
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def in_first(work: Callable[[], object], rank: int) -> None:
+    """work() in the first process, while the others wait. What it was given wrong ends all of them, with one message."""
+    wrong = [None]
+    if rank == 0:
+        try:
+            work()
+        except (BadInput, OSError) as e:
+            wrong = [str(e)]
+    dist.broadcast_object_list(wrong)
+    if wrong[0] is not None:
+        raise BadInput(wrong[0]) if rank == 0 else SystemExit(2)
+
+
 class Stop:
     """Catches SIGINT and SIGTERM: the step is finished and saved first. A second Ctrl-C ends at once."""
 
@@ -504,27 +549,27 @@ def train(args: Train) -> dict:
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if world > 1:
-        on_gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    try:
-        return run(args, device, rank, world)
-    finally:
+    with contextlib.ExitStack() as at_end:
         if world > 1:
-            dist.destroy_process_group()
+            on_gpu = device.type == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+            at_end.callback(dist.destroy_process_group)
+        return run(args, device, rank, world, at_end)
 
 
-def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
+def run(args: Train, device: torch.device, rank: int, world: int, at_end: contextlib.ExitStack) -> dict:
     say = print if rank == 0 else lambda *_, **__: None
     keep_memory(device)
     out = args.out or Path("out") / f"{args.preset}-{args.model.attn}"
     latest, best, metrics = out / "latest.pt", out / "best.pt", out / "metrics.jsonl"
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file: give a folder")
-    if not (args.resume or args.overwrite) and (latest.exists() or metrics.exists()):
-        raise BadInput(f"--out {out} holds a run: --resume continues it, --overwrite replaces it, another --out keeps it")
     if args.resume and args.overwrite:
         raise BadInput("--resume goes on with the run that --overwrite would replace: give one of the two")
+    if not (args.resume or args.overwrite) and (latest.exists() or metrics.exists() or best.exists()):
+        raise BadInput(f"--out {out} holds a run: --resume continues it, --overwrite replaces it, another --out keeps it")
+    if args.resume and not latest.exists() and (metrics.exists() or best.exists()):
+        raise BadInput(f"--resume: {latest} is missing, no going on: --overwrite begins anew, another --out keeps the rest")
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
     if args.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise BadInput("--compile needs a C++ compiler on a CPU, and there is no g++, clang++ or cl: leave it out")
@@ -537,17 +582,18 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
 
     # The text. The first process prepares it; the others find it made.
     bpe_size = args.model.vocab_size or None if args.tokenizer == "bpe" else None
-    if world > 1 and rank > 0:
-        dist.barrier()
-    folder = prepare(args.dataset, args.file, tokenizer=args.tokenizer, vocab_size=bpe_size, data_dir=args.data_dir)
-    if world > 1 and rank == 0:
-        dist.barrier()
+    text = dict(dataset=args.dataset, file=args.file, tokenizer=args.tokenizer, vocab_size=bpe_size, data_dir=args.data_dir)
+    if world > 1:
+        in_first(lambda: prepare(**text), rank)
+    folder = prepare(**text)
     train_ids, val_ids, meta = load(folder)
     T, unit = args.model.block_size, "character" if args.tokenizer == "char" else "token"
-    val_ids = val_ids[: args.eval_tokens + 1] if args.eval_tokens else val_ids
+    if 0 < args.eval_tokens < T:
+        raise BadInput(f"--eval_tokens {args.eval_tokens}: must be 0, for all, or at least --block_size {T}")
     for name, ids in (("training", train_ids), ("validation", val_ids)):
         if len(ids) <= T:
             raise BadInput(f"--block_size {T}: the {name} text of {folder} has {len(ids)} tokens, and more are needed")
+    val_ids = val_ids[: args.eval_tokens + 1] if args.eval_tokens else val_ids
 
     # The model, at MHA's number of parameters.
     if 0 < args.model.vocab_size < meta["vocab_size"]:
@@ -583,6 +629,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        at_end.enter_context(alone_in(out))
         if args.resume:
             cut_back(metrics, step if ckpt else -1)
 
@@ -628,9 +675,14 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
             stop_unless_finite(loss, "the loss", at, latest)
         return losses.mean().item()
 
+    def forget(kind, *_) -> None:
+        if kind is not None and issubclass(kind, RuntimeError) and rank == step == 0:  # out of memory: nothing has begun
+            latest.unlink(missing_ok=True)
+
     with attention_kernels(device), Stop() as stop:
         if not ckpt:
             save(latest)
+            at_end.push(forget)
         if rank == 0 and not args.resume:  # --overwrite: the old run goes when the new one is there
             for old in (best, metrics, out / "loss.png"):
                 old.unlink(missing_ok=True)
@@ -689,7 +741,7 @@ def run(args: Train, device: torch.device, rank: int, world: int) -> dict:
                 save(latest)
     stopped = stop.signal if step < args.max_iters else 0
     if rank == 0 and stopped:
-        print(f"stopped at step {step}, saved in {latest}\nto go on: python train.py --resume --out {out}")
+        print(f"stopped at step {step}, saved in {latest}\nto go on: python train.py --resume --out {quoted(out)}")
     elif rank == 0:
         plot(out, best_loss)
         finish(best, n_params, seconds, unit, device)
@@ -710,7 +762,7 @@ def finish(best: Path, n_params: int, seconds: float, unit: str, device: torch.d
     print(f"{n_params:,} parameters, {span(seconds)} of training and evaluation")
     print(cache_line(model.cfg))
     print(f"in {best.parent}: best.pt, latest.pt, metrics.jsonl, loss.png")
-    print(f"next: python sample.py --checkpoint {best}")
+    print(f"next: python sample.py --checkpoint {quoted(best)}")
     print(f"  or: the same with --attn {'mha' if attn != 'mha' else 'mfa_kr'}, to compare")
 
 
@@ -725,7 +777,9 @@ def plot(out: Path, best_loss: float) -> None:
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             ax.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    ax.set(xlabel="step", ylabel="loss, nats per token", title=f"{out.name}: validation {best_loss:.4f} at best")
+    name = os.fsencode(out.name).decode("utf-8", "replace")
+    ax.set_title(f"{name}: validation {best_loss:.4f} at best", parse_math=False)
+    ax.set(xlabel="step", ylabel="loss, nats per token")
     ax.grid(alpha=0.3)
     ax.legend()
     with naming(out / "loss.png"):

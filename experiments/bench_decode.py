@@ -34,7 +34,7 @@ import decode as engine
 import torch
 from decode import Decoder, attend_sdpa, attend_triton, read, rotary_table, rotates
 from gpu_time import kernel_times
-from provenance import ROOT, provenance
+from provenance import ROOT, provenance, read_json
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfa import ATTENTION, GPT, Config, KVCache, preset
@@ -87,7 +87,7 @@ class Bench:
         self.must = (32, 16384) if not args.smoke else (2, 48)
         self.batches, self.contexts = ((1, 8, 32, 128), (1024, 4096, 16384, 65536)) if not args.smoke else ((1, 2), (32,))
         self.fastest: dict[tuple[str, str], str] = {}  # (attn, mode) -> the faster way to attend, seen in the must part
-        self.found = json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
+        self.found = read_json(args.results)
         self.rows, self.largest = self.found.get("rows", []), self.found.get("largest_batch", [])
         self.here = provenance(args.device)
         self.bandwidth = self.copy_bandwidth()
@@ -694,7 +694,7 @@ def main(args: Args) -> None:
         raise BadInput(f"--device must be cpu or cuda, not {args.device!r}")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise BadInput(f"--device {args.device}: no such device here; use cpu")
-    if args.smoke and args.results == RESULTS:
+    if args.smoke and args.results.resolve() == RESULTS.resolve():
         raise BadInput("--smoke measures a toy, which does not belong among the results: name another file with --results")
     if unknown := [name for name in args.only if name not in [" ".join(v).strip() for v in VARIANTS]]:
         raise BadInput(f"--only {unknown[0]!r}: take any of {', '.join(' '.join(v).strip() for v in VARIANTS)}")

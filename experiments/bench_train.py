@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 import torch._inductor.config
 from gpu_time import kernel_times
-from provenance import ROOT, device_name, provenance
+from provenance import ROOT, device_name, provenance, read_json
 
 from mfa import GPT, Config, preset
 from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_from
@@ -50,6 +50,7 @@ from train import (
     write_atomically,
 )
 
+RESULTS = ROOT / "experiments" / "results" / "train.json"
 CPU_RECIPE = (
     "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
     "--n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
@@ -68,7 +69,7 @@ class Bench:
     """tinyshakespeare's text, where it cannot be downloaded."""
     data_dir: Path = DATA
     """Where prepared corpora are kept."""
-    results: Path = ROOT / "experiments" / "results" / "train.json"
+    results: Path = RESULTS
     """The file to add to."""
     seeds: int = 3
     """Seeds of each attention in part seeds."""
@@ -364,7 +365,7 @@ def seeds(args: Bench, text: Path, place: Path) -> dict:
         {"attn": attn, "seed": seed} | {k: run[k] for k in ("best", "best_step", "curve")}
         for (attn, seed), run in zip(jobs, found, strict=True)
     ]
-    before = stored(args).get("seeds", {})
+    before = read_json(args.results).get("seeds", {})
     if (before.get("flags"), before.get("device")) == (args.preset_flags, device_name(pick_device("auto"))):
         kept = [row for row in before["rows"] if (row["attn"], row["seed"]) not in jobs]  # of another --first_seed
         rows = sorted(kept + rows, key=lambda row: (row["attn"], row["seed"]))
@@ -500,6 +501,9 @@ def table(results: dict) -> str:
 def main(args: Bench) -> None:
     if not (args.nanogpt / "config" / "train_shakespeare_char.py").is_file():
         raise BadInput(f"--nanogpt {args.nanogpt} is not a checkout of nanoGPT: git clone https://github.com/karpathy/nanoGPT")
+    read_json(args.results)  # a damaged one is found before the measurement
+    if args.smoke and args.results.resolve() == RESULTS.resolve():
+        raise BadInput("--smoke measures a toy, which does not belong among the results: name another file with --results")
     if args.seeds < 1:
         raise BadInput(f"--seeds must be at least 1, not {args.seeds}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -514,13 +518,9 @@ def main(args: Bench) -> None:
     print(f"\n{table({args.part: results[args.part]})}\nin {args.results}")
 
 
-def stored(args: Bench) -> dict:
-    return json.loads(args.results.read_text(encoding="utf-8")) if args.results.is_file() else {}
-
-
 def store(args: Bench, part: str, found: dict) -> dict:
     """Writes what a part has found so far; returns all results."""
-    results = stored(args)
+    results = read_json(args.results)
     results[part] = provenance("cpu" if part in ("cpu", "steps") or not torch.cuda.is_available() else "cuda") | found
     args.results.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.results, lambda f: f.write((json.dumps(results, indent=1) + "\n").encode()))

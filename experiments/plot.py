@@ -6,7 +6,6 @@ deviation (of the sample, n - 1).
 """
 
 import itertools
-import json
 import os
 import re
 import statistics
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from bench_decode import grid_tables
 from matplotlib.figure import Figure
-from provenance import ROOT
+from provenance import ROOT, read_json
 from studies import (
     BEST,
     BEYOND,
@@ -395,6 +394,9 @@ class Args:
 def main(args: Args) -> None:
     dataset = "shakespeare-byte" if args.smoke else f"{args.dataset}-bpe{VOCAB}"
     results = Results(read_results(args.results), dataset, args.smoke)
+    if not results.done:  # and do not empty the tables
+        what = f"has no result on {dataset}; --dataset or --smoke may say another" if args.results.is_file() else "is not there"
+        raise BadInput(f"--results {args.results}: {what}; python experiments/run.py makes results")
     parts = {name: part(results) for name, part in PARTS.items()}
     for name, plot in PLOTS.items():
         path = args.results.with_name(f"{name}.png")
@@ -404,7 +406,8 @@ def main(args: Args) -> None:
             parts[name] = f"![{name}]({link})\n\n{parts[name]}"
             print(path)
     decode = args.results.with_name("decode.json")
-    parts["decode"] = grid_tables(json.loads(decode.read_text(encoding="utf-8")) if decode.is_file() else {})
+    if decode.is_file():
+        parts["decode"] = grid_tables(read_json(decode))
     text = fill(args.readme.read_text(encoding="utf-8"), parts)
     write_atomically(args.readme, lambda f: f.write(text.encode()))
     print(f"{args.readme}: {len(results.done)} results")

@@ -1,6 +1,7 @@
 """What every result in this folder carries, so that it can be repeated: command, commit, device, versions, date."""
 
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from prepare_data import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +38,19 @@ def device_name(device: torch.device | str) -> str:
     info = Path("/proc/cpuinfo")
     names = [line.partition(": ")[2] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def read_json(path: Path) -> dict:
+    """The results in a file, {} if there is none. BadInput if it is no JSON object."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise BadInput(f"{path} is not JSON ({e}): mend it, or name another file with --results") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} holds no JSON object, as results are: name another file with --results")
+    return found
 
 
 def provenance(device: torch.device | str = "cpu") -> dict:

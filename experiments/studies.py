@@ -299,10 +299,10 @@ def read_results(path: Path) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for i, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             rows.append(json.loads(line))
-            run_of(rows[-1])
+            run_of(rows[-1]), rows[-1]["dataset"]
         except (ValueError, KeyError, TypeError) as e:
             raise BadInput(f"--results {path}: line {i} is not a result of run.py ({e}); mend or remove it") from e
     return rows

@@ -5,6 +5,7 @@ be right. Every row starts in a folder with a text (play.txt), its data set (dat
 """
 
 import codecs
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,17 @@ def place(template, tmp_path, monkeypatch):
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def encrypted() -> bytes:
+    """A zip that says of its only file that it is encrypted."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("a.txt", "a text\n" * 50)
+    raw = bytearray(whole.getvalue())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flags, in both of its headers
+        raw[raw.index(mark) + at] |= 1
+    return bytes(raw)
 
 
 def everything() -> dict:
@@ -158,6 +171,13 @@ TABLE = {
     "no such file, to train on": (nothing, "train.py --file a.txt", "--file a.txt: there is no such file or folder"),
     "damaged xz": (write({"a.xz": b"x"}), "prepare_data.py --file a.xz", "a.xz: cannot be unpacked"),
     "damaged gz": (write({"a.gz": b"x"}), "prepare_data.py --file a.gz", "a.gz: cannot be unpacked"),
+    "encrypted zip": (write({"a.zip": encrypted()}), "prepare_data.py --file a.zip", "a.zip: cannot be unpacked"),
+    "file without a name": (nothing, "prepare_data.py --file ''", "--file: is empty"),
+    "few tokens to evaluate on": (nothing, "train.py --eval_tokens 3", "--eval_tokens 3: must be 0, for all, or at least"),
+    "experts in no layer": (
+        nothing, "train.py --n_expert 2 --moe_ffn_dim 8 --n_layer 1", "n_expert needs at least 2 n_layer",
+    ),
+    "endless init": (nothing, "train.py --init_std inf", "init_std must be a finite number, not inf"),
     "damaged zip": (write({"a.zip": b"x"}), "prepare_data.py --file a.zip", "a.zip: cannot be unpacked"),
     "folder of an empty file": (write({"my/a.txt": b""}), "prepare_data.py --file my", "my: there is no text file"),
     "folder of a picture": (write({"my/a.png": b"\x89\0"}), "prepare_data.py --file my", "my: there is no text file"),

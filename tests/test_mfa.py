@@ -548,6 +548,9 @@ def test_pick_draws_from_what_top_k_and_top_p_leave():
     assert close(share(top_k=2), 0.625, 0.375, 0.0, 0.0)
     assert close(share(top_k=9), 0.5, 0.3, 0.15, 0.05)
     assert close(share(top_p=0.4), 1.0, 0.0, 0.0, 0.0)
+    assert close(share(top_p=1e-50), 1.0, 0.0, 0.0, 0.0)
+    even = pick(torch.zeros(500, 9), 1.0, 3, None, generator)
+    assert len(even.unique()) == 3  # of ties no more are left than were asked for
     assert close(share(top_p=0.7), 0.625, 0.375, 0.0, 0.0)
     assert close(share(top_p=1.0), 0.5, 0.3, 0.15, 0.05)
     assert close(share(temperature=0.5), 0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365)

@@ -279,6 +279,15 @@ def test_bad_flags(folder, tmp_path, capsys, flag):
     assert capsys.readouterr().err.startswith(f"error: {flag.split('=')[0]} must be positive")
 
 
+def test_no_results_do_not_empty_the_tables(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(before := (studies.RESULTS.parent.parent / "README.md").read_bytes())
+    (tmp_path / "other.jsonl").write_text("", encoding="utf-8")
+    for name, says in (("none.jsonl", "is not there"), ("other.jsonl", "has no result on pg-books-bpe8192")):
+        assert command(plot.main, plot.Args, [f"--results={tmp_path / name}", f"--readme={readme}"]) == 2
+        assert says in capsys.readouterr().err and readme.read_bytes() == before
+
+
 def test_damaged_results(folder, tmp_path, capsys):
     path = tmp_path / "study.jsonl"
     path.write_text("{}\n", encoding="utf-8")

@@ -132,7 +132,7 @@ def test_the_learning_rate_warms_up_in_a_line_and_decays_in_a_cosine():
 
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_weight_decay_is_on_matrices_only(attn):
-    model = GPT(Config(attn=attn, dim=32, n_layer=1, head_dim=8, n_expert=2, moe_ffn_dim=8))
+    model = GPT(Config(attn=attn, dim=32, n_layer=2, head_dim=8, n_expert=2, moe_ffn_dim=8))
     decayed, others = trainer.make_optimizer(model, Train(weight_decay=0.3), CPU).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0.0
@@ -590,6 +590,71 @@ def test_ctrl_c_does_not_save_weights_that_are_not_finite(data, tmp_path, monkey
     assert load_checkpoint(tmp_path / "latest.pt")["step"] == 10
 
 
+@quick
+def test_a_run_that_replaced_another_is_resumed_as_it_says(data, tmp_path):
+    for more in (dict(), dict(overwrite=True)):
+        train(small(data, tmp_path, max_iters=2, **more))
+    args = parsed(f"--out={tmp_path}", "--resume", "--max_iters=4", "--device=cpu")
+    assert args.resume and not args.overwrite and train(args)["step"] == 4
+
+
+@quick
+def test_a_folder_that_was_moved_is_resumed_where_it_is(data, tmp_path):
+    train(small(data, tmp_path / "before", max_iters=2))
+    (tmp_path / "before").rename(tmp_path / "after")
+    train(parsed(f"--out={tmp_path / 'after'}", "--resume", "--max_iters=4", "--device=cpu"))
+    assert load_checkpoint(tmp_path / "after" / "latest.pt")["step"] == 4 and not (tmp_path / "before").exists()
+
+
+@quick
+@pytest.mark.parametrize("more", [dict(), dict(resume=True)])
+def test_a_best_checkpoint_that_stands_alone_is_kept(stopped, data, tmp_path, more):
+    (tmp_path / "best.pt").write_bytes((stopped / "latest.pt").read_bytes())
+    before = files_below(tmp_path)
+    with pytest.raises(BadInput, match="latest.pt is missing" if more else "holds a run"):
+        train(small(data, tmp_path, **more))
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.skipif(trainer.fcntl is None, reason="no locks on folders here")
+def test_two_trainings_do_not_share_a_folder(data, tmp_path):
+    with trainer.alone_in(tmp_path):
+        with pytest.raises(BadInput, match="another process trains there"):
+            train(small(data, tmp_path, max_iters=2))
+    assert files_below(tmp_path) == {}
+    with trainer.alone_in(tmp_path):
+        pass  # it was let go
+
+
+@quick
+def test_a_run_that_never_began_leaves_no_checkpoint(data, tmp_path, monkeypatch):
+    plain = trainer.loss_function
+
+    def too_large(*args):
+        loss_of = plain(*args)
+        del loss_of
+
+        def fail(tokens):
+            raise RuntimeError("not enough memory: you tried to allocate 1 EB")
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "loss_function", too_large)
+        with pytest.raises(BadInput, match="out of memory: try a smaller --batch_size"):
+            trainer.main(small(data, tmp_path, max_iters=2))
+    assert train(small(data, tmp_path, max_iters=2))["step"] == 2
+
+
+def test_any_folder_name_can_stand_above_the_plot(tmp_path):
+    for name in ("a$b^$c", "lr_$\\frac$", os.fsdecode(b"caf\xe9")):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n', encoding="utf-8")
+        trainer.plot(out, 2.0)
+        assert (out / "loss.png").stat().st_size > 1000
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 
@@ -617,6 +682,14 @@ def one_process(data, tmp_path_factory):
         patch.setattr(trainer, "finish", lambda *_: None)
         train(small(data, out, max_iters=50))
     return out
+
+
+def test_bad_input_ends_both_processes_with_one_message(data, tmp_path):
+    done = torchrun(ROOT / "train.py", tmp_path / "out", data, f"--file={tmp_path / 'none.txt'}")
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and len(said) == 1 and "there is no such file or folder" in said[0]
+    assert "[rank" not in done.stderr  # torchrun has a traceback of its own; what a process of ours dies of bears its rank
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_give_the_losses_of_one(one_process, data, tmp_path):
