@@ -111,7 +111,6 @@ class Config:
             need(math.isfinite(getattr(self, name)), f"{name} must be a finite number, not {getattr(self, name)}")
         need(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         need(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
-        need(E == 0 or self.n_layer > 1, "n_expert needs at least 2 n_layer: the first block's FFN stays dense")
         need(not E or k <= E, f"n_expert_active {k} is more than n_expert {E}")
         n, g, no_latent = self.heads, self.n_kv_head, f"latent_dim 0 means dim // 8, which is 0 at dim {self.dim}"
         need(n >= 1, f"head_dim {self.head_dim} leaves no head in dim {self.dim}: make it smaller, or give n_head")

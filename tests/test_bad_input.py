@@ -175,7 +175,7 @@ TABLE = {
     "file without a name": (nothing, "prepare_data.py --file ''", "--file: is empty"),
     "few tokens to evaluate on": (nothing, "train.py --eval_tokens 3", "--eval_tokens 3: must be 0, for all, or at least"),
     "experts in no layer": (
-        nothing, "train.py --n_expert 2 --moe_ffn_dim 8 --n_layer 1", "n_expert needs at least 2 n_layer",
+        nothing, "train.py --n_expert 2 --moe_ffn_dim 8 --n_layer 1", "--n_layer must be at least 2",
     ),
     "endless init": (nothing, "train.py --init_std inf", "init_std must be a finite number, not inf"),
     "damaged zip": (write({"a.zip": b"x"}), "prepare_data.py --file a.zip", "a.zip: cannot be unpacked"),
