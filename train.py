@@ -402,7 +402,7 @@ def check(args: Train) -> None:
         if not 0 <= getattr(args, name) < math.inf:
             raise BadInput(f"--{name} must not be negative, not {getattr(args, name)}")
     if args.model.n_expert and args.model.n_layer < 2:
-        raise BadInput(f"--n_expert {args.model.n_expert}: --n_layer must be at least 2, since the first block's FFN stays dense")
+        raise BadInput("--n_expert: --n_layer must be at least 2, since the first block's FFN stays dense")
     if not 0 <= args.beta2 < 1:
         raise BadInput(f"--beta2 must be in [0, 1), not {args.beta2}")
     if args.seed >= 2**32:
