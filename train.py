@@ -431,7 +431,7 @@ def compare(ckpt: dict, args: Train, cfg: Config, source: dict, path: Path) -> N
         files = ", ".join(f"{file['name']} of sha256 {file['sha256'][:8]}" for file in data["sources"])
         return f"{files}, {data['train_tokens']:,} + {data['val_tokens']:,} tokens"
 
-    old = {**ckpt["args"], **ckpt["config"], "the text": of_text(ckpt["data"])}
+    old = {**asdict(Config()), **ckpt["args"], **ckpt["config"], "the text": of_text(ckpt["data"])}
     new = {**pack_args(args), **asdict(cfg), "the text": of_text(source)}
     changed = [k for k in new if k not in FREE | {"model"} and old.get(k) != new[k]]
     if changed:
