@@ -349,12 +349,10 @@ def read_blocks(path: Path) -> Iterator[bytes]:
         with file:
             while block := file.read(BLOCK):
                 yield block
-    except (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, RuntimeError) as e:  # or encrypted
-        raise BadInput(f"{path}: cannot be unpacked, it is damaged or no {suffix} file ({e})") from None
-    except OSError as e:
-        if e.errno is not None:
+    except (lzma.LZMAError, zlib.error, zipfile.BadZipFile, EOFError, RuntimeError, OSError) as e:
+        if getattr(e, "errno", None) is not None:  # from the operating system, not from one of the formats
             raise
-        raise BadInput(f"{path}: cannot be unpacked, it is damaged or no {suffix} file ({e})") from None  # bz2 in a zip
+        raise BadInput(f"{path}: cannot be unpacked, it is damaged or no {suffix} file ({e})") from None
 
 
 def checksum(path: Path) -> tuple[int, str]:

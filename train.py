@@ -502,17 +502,21 @@ def alone_in(out: Path):
         os.close(folder)
 
 
-def in_first(work: Callable[[], object], rank: int) -> None:
-    """work() in the first process, while the others wait. What it was given wrong ends all of them, with one message."""
-    wrong = [None]
+def first_in_one(work: Callable, rank: int, world: int):
+    """work() in the first process, then in the others, which find it done. What goes wrong in the first ends all, told once."""
+    if world == 1:
+        return work()
+    found = failed = None
     if rank == 0:
         try:
-            work()
+            found = work()
         except (BadInput, OSError) as e:
-            wrong = [str(e)]
-    dist.broadcast_object_list(wrong)
-    if wrong[0] is not None:
-        raise BadInput(wrong[0]) if rank == 0 else SystemExit(2)
+            failed = e
+    ended = [failed is not None]
+    dist.broadcast_object_list(ended)
+    if ended[0]:
+        raise failed or SystemExit(2)
+    return found if rank == 0 else work()
 
 
 class Stop:
@@ -585,9 +589,7 @@ def run(args: Train, device: torch.device, rank: int, world: int, at_end: contex
     # The text. The first process prepares it; the others find it made.
     bpe_size = args.model.vocab_size or None if args.tokenizer == "bpe" else None
     text = dict(dataset=args.dataset, file=args.file, tokenizer=args.tokenizer, vocab_size=bpe_size, data_dir=args.data_dir)
-    if world > 1:
-        in_first(lambda: prepare(**text), rank)
-    folder = prepare(**text)
+    folder = first_in_one(lambda: prepare(**text), rank, world)
     train_ids, val_ids, meta = load(folder)
     T, unit = args.model.block_size, "character" if args.tokenizer == "char" else "token"
     if 0 < args.eval_tokens < T:

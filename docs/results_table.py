@@ -4,7 +4,6 @@ What is measured is read from experiments/results/study.jsonl (quality) and deco
 "not measured". No figure is typed here. `python docs/build.py` writes the table into README.md.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ sys.path.append(str(ROOT / "experiments"))
 import bench_train  # noqa: E402
 from bench_decode import quickest  # noqa: E402
 from plot import Results, outcome  # noqa: E402
+from provenance import read_json  # noqa: E402
 from studies import STUDIES, read_results  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
@@ -68,13 +68,7 @@ def cache_share(cfg: Config) -> float:
 
 def read_decode(folder: Path = RESULTS) -> dict:
     """decode.json, or {"rows": [], "largest_batch": []} where it is missing. Raises BadInput where it is not JSON."""
-    path = folder / "decode.json"
-    if not path.exists():
-        return {"rows": [], "largest_batch": []}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise BadInput(f"{path.name}: should be one JSON object, as experiments/bench_decode.py writes it") from None
+    return {"rows": [], "largest_batch": []} | read_json(folder / "decode.json")
 
 
 class Arm(NamedTuple):
@@ -169,7 +163,7 @@ def training(folder: Path = RESULTS) -> str:
     path = folder / "train.json"
     if not path.exists():
         return "Training speed: not measured yet."
-    return bench_train.table(json.loads(path.read_text(encoding="utf-8"))).strip()
+    return bench_train.table(read_json(path)).strip()
 
 
 def between(text: str, name: str) -> tuple[str, str]:

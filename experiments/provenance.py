@@ -47,9 +47,9 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_bytes())
     except ValueError as e:
-        raise BadInput(f"{path} is not JSON ({e}): mend it, or name another file with --results") from None
+        raise BadInput(f"{path} is not JSON ({e}): mend or remove it") from None
     if not isinstance(found, dict):
-        raise BadInput(f"{path} holds no JSON object, as results are: name another file with --results")
+        raise BadInput(f"{path} holds no JSON object, as results are: mend or remove it")
     return found
 
 
