@@ -724,18 +724,17 @@ def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
     """One id for each row of logits: (B, vocab_size) -> (B, 1). See GPT.generate."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.shape[-1]:
         kept = logits.topk(top_k)  # values and ids, (B, top_k) each
         logits = torch.full_like(logits, -math.inf).scatter_(-1, kept.indices, kept.values)
     if top_p is not None:
-        ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        ordered, order = (logits / max(temperature, 1e-30)).softmax(dim=-1).sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered >= max(top_p, 1e-30)  # what comes before it is enough already
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    # Of exponential times over exp(logit), the least falls on i with probability softmax_i. Here in logarithms: few steps,
-    # since each is a launch, and torch.multinomial would wait for the GPU.
+    # Of exponential times over exp(logit / temperature), the least falls on i with probability softmax_i. Here in logarithms
+    # and times the temperature: few steps, since each is a launch, and torch.multinomial would wait for the GPU.
     time = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30)
-    return (logits - time.log_()).argmax(dim=-1, keepdim=True)
+    return logits.sub(time.log_(), alpha=temperature).argmax(dim=-1, keepdim=True)
 
 
 class GPT(nn.Module):

@@ -121,6 +121,22 @@ if triton is not None:
         tl.store(top + to, most, mask=r < R)
         tl.store(total + to, summed, mask=r < R)
 
+    @triton.jit
+    def merge_kernel(acc, top, total, y, rows, P, WV, BV: tl.constexpr, BP: tl.constexpr):
+        """The P parts of one head's numerator, each with its largest score and its sum, as one: acc (P, rows, w_v) -> y."""
+        row, p, c = tl.program_id(0), tl.arange(0, BP), tl.arange(0, BV)
+        most = tl.max(tl.load(top + p * rows + row, mask=p < P, other=float("-inf")), 0)
+        summed = 0.0
+        out = tl.zeros((BV,), tl.float32)
+        for first in range(0, P, 8):  # all at once would not fit into registers
+            i = first + tl.arange(0, 8)
+            at = i * rows + row
+            share = tl.exp(tl.load(top + at, mask=i < P, other=float("-inf")) - most)  # (8,), 0 for a part without keys
+            summed += tl.sum(share * tl.load(total + at, mask=i < P, other=0.0), 0)
+            part = tl.load(acc + at[:, None] * WV + c[None, :], mask=(i < P)[:, None] & (c < WV)[None, :], other=0.0)
+            out += tl.sum(share[:, None] * part, 0)  # (BV,)
+        tl.store(y + row * WV + c, out / summed, mask=c < WV)
+
 
 def parts(pairs: int, tiles: int, slots: int) -> int:
     """Into how many parts each of `pairs` heads' keys are cut, so that all `slots` of the GPU have work to the end."""
@@ -128,7 +144,7 @@ def parts(pairs: int, tiles: int, slots: int) -> int:
     def used(n: int) -> float:
         return pairs * n / (math.ceil(pairs * n / slots) * slots)
 
-    choices = range(2, max(2, min(128, tiles // 2)) + 1)  # never 1, which torch.compile would take for another case
+    choices = range(1, max(1, min(128, tiles // 2)) + 1)
     return next(n for n in choices if used(n) >= 0.9 * max(map(used, choices)))
 
 
@@ -145,22 +161,21 @@ def rotary_table(attn: Attention, capacity: int, like: Tensor) -> Tensor:
     return rotate(units, torch.arange(capacity, device=like.device), attn.cfg.rope_base).to(kind)
 
 
-def attend_triton(
-    attn: Attention, q: Tensor, kept: list[Tensor], pos: Tensor, table: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention on the first pos + 1 of what is kept, in parts P: (P, B, n, w_v), (P, B, n) twice, float32. See merge.
+def attend_triton(attn: Attention, q: Tensor, kept: list[Tensor], pos: Tensor, table: Tensor | None = None) -> Tensor:
+    """Attention on the first pos + 1 of what is kept: (B, n, 1, w) -> (B, n, 1, w_v).
 
     table: rotary_table, for an attention that rotates().
     """
     keys, v = (kept[0].chunk(2, dim=-1), kept[0]) if rotates(attn) else read(attn, kept)
     (B, g, capacity, w), n, wv = keys[0].shape, q.shape[1], v.shape[-1]
+    y = q.new_empty(B, n, 1, wv)
     same, w2 = v is keys[0], sum(k.shape[-1] for k in keys[1:])
     row_bytes = (w + w2 + wv * (not same)) * v.element_size()  # with a table, whose rows are as wide, that instead of values
     N = min(128, max(16, 1 << int(math.log2(TILE / row_bytes))))
     slots = PER_SM * (torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2)
     P = parts(B * g, capacity // N, slots)
-    acc = q.new_empty(P, B, n, wv, dtype=torch.float32)
-    top, total = acc.new_empty(2, P, B, n)
+    acc = q.new_empty(P, B * n, wv, dtype=torch.float32)
+    top, total = acc.new_empty(2, P, B * n)
     slope = -alibi(n, pos + 1, pos, torch.float32).flatten() if attn.cfg.pos == "alibi" else acc  # (n,)
     wide = [max(16, triton.next_power_of_2(x)) for x in (w, w2, w if rotates(attn) else wv, n // g)]
     attend_kernel[(B * g, P)](
@@ -168,14 +183,10 @@ def attend_triton(
         capacity, g, n // g, w, w2, wv, keys[0].stride(2), keys[-1].stride(2), *wide, N, same or rotates(attn),
         attn.cfg.pos == "alibi", rotates(attn), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    return acc, top, total
-
-
-def merge(acc: Tensor, top: Tensor, total: Tensor) -> Tensor:
-    """The parts of a softmax's numerator, each with its largest score and its sum, as one: (B, n, 1, w_v)."""
-    share = (top - top.amax(0)).exp()  # (P, B, n); 0 for a part without keys
-    y = (acc * share[..., None]).sum(0) / (total * share).sum(0)[..., None]  # (B, n, w_v)
-    return y[:, :, None]  # (B, n, 1, w_v)
+    merge_kernel[(B * n,)](
+        acc, top, total, y, B * n, P, wv, triton.next_power_of_2(wv), triton.next_power_of_2(P), num_warps=1
+    )  # fmt: skip
+    return y
 
 
 def attend_sdpa(attn: Attention, q: Tensor, kept: list[Tensor], length: int, read: Callable) -> Tensor:
@@ -278,16 +289,16 @@ def begin(block: Block, x: Tensor, pos: Tensor, kept: list[Tensor]) -> Tensor:
     return q
 
 
-def finish(block: Block, x: Tensor, y: tuple[Tensor, ...], pos: Tensor) -> Tensor:
+def finish(block: Block, x: Tensor, y: Tensor, pos: Tensor) -> Tensor:
     """What comes after attention: its output and the FFN, added to the residual."""
-    attn, y = block.attn, merge(*y).to(x.dtype) if len(y) == 3 else y[0]
+    attn = block.attn
     if isinstance(attn, MLA):
         y = torch.einsum("bmtc,mdc->bmtd", y, attn.v.weight.unflatten(0, (attn.n_head, -1)))  # (B, m, 1, d)
     x = x + attn.output(y, pos)
     return x + block.ffn(block.ffn_norm(x))
 
 
-def between(block: Block, following: Block, x: Tensor, y: tuple[Tensor, ...], pos: Tensor, kept: list[Tensor]):
+def between(block: Block, following: Block, x: Tensor, y: Tensor, pos: Tensor, kept: list[Tensor]):
     """All that lies between the attentions of two layers; every pair of layers shares one compilation."""
     x = finish(block, x, y, pos)
     return x, begin(following, x, pos, kept)
@@ -298,7 +309,7 @@ def start(embed: nn.Module, first: Block, new: Tensor, pos: Tensor, kept: list[T
     return x, begin(first, x, pos, kept)
 
 
-def end(last: Block, norm: nn.Module, head: nn.Module, x: Tensor, y: tuple[Tensor, ...], pos: Tensor) -> Tensor:
+def end(last: Block, norm: nn.Module, head: nn.Module, x: Tensor, y: Tensor, pos: Tensor) -> Tensor:
     return widen(head(norm(finish(last, x, y, pos)))[:, -1])  # (B, vocab_size), as sampling wants it
 
 
@@ -382,11 +393,11 @@ class Decoder:
         y = yield len(blocks) - 1, q
         self.logits = self.end(blocks[-1], model.norm, model.head, x, y, pos)  # (B, vocab_size)
 
-    def attend(self, layer: int, q: Tensor) -> tuple[Tensor, ...]:
+    def attend(self, layer: int, q: Tensor) -> Tensor:
         attn, kept = self.model.blocks[layer].attn, self.cache().layers[layer]
         if self.attention == "triton":
             return attend_triton(attn, q, kept, self.pos, self.table)
-        return (attend_sdpa(attn, q, kept, self.length, self.read),)
+        return attend_sdpa(attn, q, kept, self.length, self.read)
 
     def run(self) -> None:
         """One step, eagerly."""
@@ -414,13 +425,13 @@ class Decoder:
             if due is None:
                 break
             y = self.attend(*due)  # a place for the result, which is not computed yet
-            pieces.append((graph, due, y[0]))
+            pieces.append((graph, due, y))
 
         def replay():
             with attention_kernels(self.pos.device, decoding=True):
                 for piece, due, place in pieces:
                     piece.replay()
-                    place.copy_(self.attend(*due)[0])
+                    place.copy_(self.attend(*due))
                 graph.replay()
 
         self.replay = replay

@@ -118,19 +118,19 @@ def test_a_full_cache_another_batch_another_model_and_experts_are_refused():
 # Its parts
 
 
+@pytest.mark.skipif(decode.triton is None, reason="needs Triton, which interprets the kernel on a CPU")
 def test_parts_of_a_softmax_merge_into_the_whole():
-    s, v = torch.randn(3, 4, 40).double(), torch.randn(3, 40, 6).double()  # (B, n, S), (B, S, w)
-    cuts = [(0, 16), (16, 32), (32, 40), (40, 40)]  # the last has nothing
-    acc, top, total = (
-        torch.zeros(4, 3, 4, 6).double(),
-        torch.full((4, 3, 4), -torch.inf).double(),
-        torch.zeros(4, 3, 4).double(),
-    )
-    for i, (a, b) in enumerate(cuts[:3]):
-        top[i] = s[..., a:b].amax(-1)
-        p = (s[..., a:b] - top[i][..., None]).exp()
-        acc[i], total[i] = p @ v[:, a:b], p.sum(-1)
-    assert difference(decode.merge(acc, top, total)[:, :, 0], s.softmax(-1) @ v) < 1e-14
+    s, v = torch.randn(12, 220), torch.randn(12, 220, 6)  # (rows, S), (rows, S, w)
+    cuts = [*range(0, 220, 20), 220]  # eleven parts, so more than one step of the kernel's loop, and one without keys
+    P = len(cuts)
+    acc, top, total = torch.zeros(P, 12, 6), torch.full((P, 12), -torch.inf), torch.zeros(P, 12)
+    for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        top[i] = s[:, a:b].amax(-1)
+        p = (s[:, a:b] - top[i][:, None]).exp()
+        acc[i], total[i] = torch.einsum("rs,rsw->rw", p, v[:, a:b]), p.sum(-1)
+    y = torch.empty(12, 6)
+    decode.merge_kernel[(12,)](acc, top, total, y, 12, P, 6, 8, 16)
+    assert difference(y, torch.einsum("rs,rsw->rw", s.softmax(-1), v)) < 1e-6
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 32, 128, 512, 1000])
@@ -138,7 +138,7 @@ def test_the_cut_of_the_keys_keeps_the_gpu_busy(pairs):
     slots = 396
     n = decode.parts(pairs, tiles=512, slots=slots)
     rounds = -(-pairs * n // slots)
-    assert 2 <= n <= 128 and (pairs * n / (rounds * slots) > 0.85 or pairs * 128 < slots)
+    assert 1 <= n <= 128 and (pairs * n / (rounds * slots) > 0.85 or pairs * 128 < slots)
 
 
 def test_all_layers_and_all_batches_above_one_share_a_compilation(monkeypatch):
@@ -214,7 +214,7 @@ def test_the_kernel_computes_attention_on_what_is_filled(case, pos):
         exact = decode.attend_sdpa(layer, q, kept, length, decode.read)
         for t in kept:
             t[:, :, length:] = torch.nan
-        got = decode.merge(*decode.attend_triton(layer, q, kept, torch.tensor([length - 1]), table))
+        got = decode.attend_triton(layer, q, kept, torch.tensor([length - 1]), table)
         assert difference(got, exact) < 1e-5
         for t in kept:
             t[:, :, length:] = torch.randn_like(t[:, :, length:])
@@ -260,7 +260,7 @@ def test_the_kernel_agrees_with_sdpa_in_bfloat16(case):
     for length in (1, 100, 2999):
         for t in kept:
             t[:, :, length:] = torch.nan
-        got = decode.merge(*decode.attend_triton(layer, q, kept, torch.tensor([length - 1], device="cuda"), table))
+        got = decode.attend_triton(layer, q, kept, torch.tensor([length - 1], device="cuda"), table)
         exact = decode.attend_sdpa(layer, q.double(), kept, length, decode.read)
         assert ((got - exact).norm() / exact.norm()).item() < 1e-2
         for t in kept:
