@@ -70,8 +70,6 @@ class Args:
     """No cell of the grid begins after this many seconds."""
     steps: int = 30
     """Measured steps a cell."""
-    tune: bool = False
-    """baby: let torch.compile try out kernels for a batch of one, which takes tens of seconds."""
     smoke: bool = False
     """Toy sizes, seconds on a CPU: does it run? Needs --results elsewhere."""
 
@@ -470,8 +468,6 @@ def baby(bench: Bench) -> None:
     for attn, mode in [v for v in (("mfa", ""), ("mha", ""), ("mfa_kr", "pre"), ("mfa_kr", "post")) if v in bench.variants]:
         fields = sizes | ({"key_reuse_rope": mode} if mode else {})
         ways = {"graphs, compiled": dict(compiled=True), "graphs": dict(compiled=False), "eager": {}}
-        if bench.args.tune:
-            ways["graphs, compiled, tuned"] = dict(compiled=True, tune=True)
         if not bench.cuda:
             ways = {"eager": {}, "steps": dict(compiled=False)}
         for kernel, how in ways.items():

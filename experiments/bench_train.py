@@ -313,9 +313,9 @@ def nanogpt_copy(folder: Path, text: Path, place: Path) -> Path:
 
 # Recipes for reaching nanoGPT's loss soon, where the preset's is for reaching its own best.
 QUICK = [
-    "--max_iters 450 --learning_rate 3e-3 --dropout 0 --weight_decay 4 --eval_interval 225",
     "--max_iters 425 --learning_rate 3e-3 --dropout 0 --weight_decay 4 --eval_interval 425",
     "--max_iters 375 --learning_rate 3e-3 --dropout 0 --weight_decay 4 --eval_interval 375 --vo_std 0.02",
+    "--max_iters 450 --learning_rate 3e-3 --dropout 0 --weight_decay 4 --eval_interval 225",
 ]
 NANO_VALIDATION = r"^step (\d+): train loss [\d.]+, val loss ([\d.]+)"
 OUR_VALIDATION = r"^step +(\d+)  validation ([\d.]+)"

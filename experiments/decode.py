@@ -144,7 +144,7 @@ def parts(pairs: int, tiles: int, slots: int) -> int:
     def used(n: int) -> float:
         return pairs * n / (math.ceil(pairs * n / slots) * slots)
 
-    choices = range(1, max(1, min(128, tiles // 2)) + 1)
+    choices = range(1, max(4, min(128, tiles // 2)) + 1)
     return next(n for n in choices if used(n) >= 0.9 * max(map(used, choices)))
 
 
@@ -215,14 +215,17 @@ def read(attn: Attention, kept: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 
 class Product(nn.Module):
-    """x times the transpose of a matrix: what several linear maps of x make together."""
+    """x times the transpose of a matrix: a linear map, or what several of one x make together."""
 
-    def __init__(self, matrix: Tensor):
+    def __init__(self, weight: Tensor):
         super().__init__()
-        self.matrix = matrix
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix)
+        if x.numel() > x.shape[-1]:
+            return F.linear(x, self.weight)
+        # One vector: written as sums, which the compiler joins to what stands around them; a product is a kernel of its own.
+        return (widen(self.weight) * widen(x).flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class Share(nn.Module):
@@ -260,6 +263,8 @@ def side_by_side(norm: nn.Module, module: nn.Module, run: Callable, x: Tensor) -
         for w, rows in zip(weights, joint.split([len(w) for w in weights]), strict=True):
             w.data = rows
     (rows, H), first, twin._modules = (sum(map(len, weights)), joint.shape[1]), 0, dict(module._modules)
+    for child in linears.keys() - set(found):
+        twin._modules[linears[child]] = Product(child.weight)
     for child in found:
         twin._modules[linears[child]] = Share(first, len(child.weight))
         first += len(child.weight)
@@ -314,10 +319,9 @@ def end(last: Block, norm: nn.Module, head: nn.Module, x: Tensor, y: Tensor, pos
 
 
 @functools.cache
-def fuse(function: Callable, tune: bool = False) -> Callable:
+def fuse(function: Callable) -> Callable:
     """Compiled; dynamic: once for all batches above 1 and all capacities, once more for a batch of 1."""
-    options = {"coordinate_descent_tuning": True} if tune else None
-    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 class Decoder:
@@ -327,24 +331,23 @@ class Decoder:
     attention "triton" makes one graph of the whole step, "sdpa" one of each stretch between two attentions. The graphs
     belong to a cache's tensors: a new cache means a new capture (a fraction of a second), unless it lies where the last
     one lay, as it does when one text is sampled after the other. The logits are overwritten by the next call.
-    tune: let torch.compile try out kernels for batches of one (tens of seconds, once).
     Compiled, it lays weights side by side: the model's parameters keep their values and become views of larger tensors. Make it
     after the model's last .to() or load_state_dict(assign=True), which put other tensors in their place.
     Raises ValueError for experts, whose routing waits for the host, and when the cache or the context is full.
     """
 
-    def __init__(self, model: GPT, attention: str | None = None, compiled: bool | None = None, tune: bool = False):
+    def __init__(self, model: GPT, attention: str | None = None, compiled: bool | None = None):
         cfg, cuda = model.cfg, model.embed.weight.is_cuda
         if cfg.n_expert:
             raise ValueError("experts are routed by the host: decode this model eagerly")
         usable = triton is not None and cuda and model.embed.weight.dtype != torch.float64
         self.attention = attention or ("triton" if usable else "sdpa")
-        self.model, self.blocks, self.cuda, self.captures = model, list(model.blocks), cuda, 0
+        self.model, self.blocks, self.head, self.cuda, self.captures = model, list(model.blocks), model.head, cuda, 0
         self.read, self.start, self.between, self.end = read, start, between, end
         if (cuda and triton is not None) if compiled is None else compiled:
             with torch.no_grad():
-                self.blocks = [joined(block) for block in model.blocks]
-            self.start, self.between, self.end = (fuse(piece, tune) for piece in (start, between, end))
+                self.blocks, self.head = [joined(block) for block in model.blocks], Product(model.head.weight)
+            self.start, self.between, self.end = map(fuse, (start, between, end))
             self.read = fuse(read) if rotates(model.blocks[0].attn) else read
         self.cache, self.lies, self.replay, self.table = None, None, None, None
 
@@ -391,7 +394,7 @@ class Decoder:
             y = yield i - 1, q
             x, q = self.between(blocks[i - 1], blocks[i], x, y, pos, layers[i])
         y = yield len(blocks) - 1, q
-        self.logits = self.end(blocks[-1], model.norm, model.head, x, y, pos)  # (B, vocab_size)
+        self.logits = self.end(blocks[-1], model.norm, self.head, x, y, pos)  # (B, vocab_size)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         attn, kept = self.model.blocks[layer].attn, self.cache().layers[layer]

@@ -150,7 +150,7 @@ def test_all_layers_and_all_batches_above_one_share_a_compilation(monkeypatch):
 
     torch.compiler.reset()
     compiled = torch.compile(decode.between, dynamic=True, fullgraph=True, backend=counting)
-    monkeypatch.setattr(decode, "fuse", lambda function, tune=False: compiled if function is decode.between else function)
+    monkeypatch.setattr(decode, "fuse", lambda function: compiled if function is decode.between else function)
     model = gpt("mfa", n_layer=4, n_head=4)
     step = Decoder(model, compiled=True)
     for B, T, expected in ((5, 9, 1), (7, 13, 1), (1, 9, 2)):
@@ -190,8 +190,8 @@ def test_weights_are_laid_side_by_side_once():
     first, second = Decoder(model, compiled=True), Decoder(model, compiled=True)
     for a, b in zip(first.blocks, second.blocks, strict=True):
         assert (
-            a.attn_norm[1].matrix.data_ptr()
-            == b.attn_norm[1].matrix.data_ptr()
+            a.attn_norm[1].weight.data_ptr()
+            == b.attn_norm[1].weight.data_ptr()
             == model.blocks[a.attn.layer].attn.s_q.weight.data_ptr()
         )
     model.load_state_dict({name: torch.randn_like(p) for name, p in model.state_dict().items()})
