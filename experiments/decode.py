@@ -45,6 +45,7 @@ except ImportError:  # a CPU or a Mac
 # Bytes of keys and values that one step of the kernel's loop reads, how many warps share it, how many steps overlap, and how
 # many such programs one multiprocessor holds at a time: bench_decode.py --part kernels compares them.
 TILE, WARPS, STAGES, PER_SM = 32768, 4, 3, 3
+SMALL = 1 << 20  # elements of a matrix that a batch of one multiplies by sums; for those of paper-1b cuBLAS is faster
 
 if triton is not None:
 
@@ -122,20 +123,15 @@ if triton is not None:
         tl.store(total + to, summed, mask=r < R)
 
     @triton.jit
-    def merge_kernel(acc, top, total, y, rows, P, WV, BV: tl.constexpr, BP: tl.constexpr):
-        """The P parts of one head's numerator, each with its largest score and its sum, as one: acc (P, rows, w_v) -> y."""
-        row, p, c = tl.program_id(0), tl.arange(0, BP), tl.arange(0, BV)
-        most = tl.max(tl.load(top + p * rows + row, mask=p < P, other=float("-inf")), 0)
-        summed = 0.0
-        out = tl.zeros((BV,), tl.float32)
-        for first in range(0, P, 8):  # all at once would not fit into registers
-            i = first + tl.arange(0, 8)
-            at = i * rows + row
-            share = tl.exp(tl.load(top + at, mask=i < P, other=float("-inf")) - most)  # (8,), 0 for a part without keys
-            summed += tl.sum(share * tl.load(total + at, mask=i < P, other=0.0), 0)
-            part = tl.load(acc + at[:, None] * WV + c[None, :], mask=(i < P)[:, None] & (c < WV)[None, :], other=0.0)
-            out += tl.sum(share[:, None] * part, 0)  # (BV,)
-        tl.store(y + row * WV + c, out / summed, mask=c < WV)
+    def merge_kernel(acc, top, total, y, rows, P, WV, BP: tl.constexpr, BV: tl.constexpr):
+        """BV columns of one head's output, of the numerator's P parts: acc (P, rows, w_v), top, total (P, rows) -> y."""
+        row, p, c = tl.program_id(0), tl.arange(0, BP), tl.program_id(1) * BV + tl.arange(0, BV)
+        at = p * rows + row
+        tops = tl.load(top + at, mask=p < P, other=float("-inf"))
+        share = tl.exp(tops - tl.max(tops, 0))  # (BP,), 0 for a part without keys
+        out = tl.load(acc + at[:, None] * WV + c[None, :], mask=(p < P)[:, None] & (c < WV)[None, :], other=0.0)
+        whole = tl.sum(share * tl.load(total + at, mask=p < P, other=0.0), 0)
+        tl.store(y + row * WV + c, tl.sum(share[:, None] * out, 0) / whole, mask=c < WV)
 
 
 def parts(pairs: int, tiles: int, slots: int) -> int:
@@ -183,9 +179,7 @@ def attend_triton(attn: Attention, q: Tensor, kept: list[Tensor], pos: Tensor, t
         capacity, g, n // g, w, w2, wv, keys[0].stride(2), keys[-1].stride(2), *wide, N, same or rotates(attn),
         attn.cfg.pos == "alibi", rotates(attn), num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    merge_kernel[(B * n,)](
-        acc, top, total, y, B * n, P, wv, triton.next_power_of_2(wv), triton.next_power_of_2(P), num_warps=1
-    )  # fmt: skip
+    merge_kernel[(B * n, triton.cdiv(wv, 32))](acc, top, total, y, B * n, P, wv, triton.next_power_of_2(P), 32)
     return y
 
 
@@ -222,7 +216,7 @@ class Product(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > x.shape[-1]:
+        if x.numel() > x.shape[-1] or self.weight.numel() > SMALL:
             return F.linear(x, self.weight)
         # One vector: written as sums, which the compiler joins to what stands around them; a product is a kernel of its own.
         return (widen(self.weight) * widen(x).flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)

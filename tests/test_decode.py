@@ -121,7 +121,7 @@ def test_a_full_cache_another_batch_another_model_and_experts_are_refused():
 @pytest.mark.skipif(decode.triton is None, reason="needs Triton, which interprets the kernel on a CPU")
 def test_parts_of_a_softmax_merge_into_the_whole():
     s, v = torch.randn(12, 220), torch.randn(12, 220, 6)  # (rows, S), (rows, S, w)
-    cuts = [*range(0, 220, 20), 220]  # eleven parts, so more than one step of the kernel's loop, and one without keys
+    cuts = [*range(0, 220, 20), 220]  # eleven parts, and one without keys
     P = len(cuts)
     acc, top, total = torch.zeros(P, 12, 6), torch.full((P, 12), -torch.inf), torch.zeros(P, 12)
     for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
@@ -129,7 +129,7 @@ def test_parts_of_a_softmax_merge_into_the_whole():
         p = (s[:, a:b] - top[i][:, None]).exp()
         acc[i], total[i] = torch.einsum("rs,rsw->rw", p, v[:, a:b]), p.sum(-1)
     y = torch.empty(12, 6)
-    decode.merge_kernel[(12,)](acc, top, total, y, 12, P, 6, 8, 16)
+    decode.merge_kernel[(12, 2)](acc, top, total, y, 12, P, 6, 16, 4)
     assert difference(y, torch.einsum("rs,rsw->rw", s.softmax(-1), v)) < 1e-6
 
 
