@@ -148,8 +148,10 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
     lines = ["n heads of width d, g key/value heads, latent width C, rotary key d_r; W_c and U_c stand in the equation above."]
     lines += [f"Bytes (16 bits; share of MHA's) and parameters, of all layers: counted at the paper's 1B shape, {shape}."]
     if found:
-        seeds = max(len(arm.rows) for arm in found)
-        spread = f"± is the standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so far"
+        counts = sorted({len(arm.rows) for arm in found})
+        several = " or ".join(str(n) for n in counts if n > 1)
+        spread = f"± is the standard deviation over {several} seeds" if several else "one seed, so far"
+        spread += ", a number without it is one seed" if several and counts[0] == 1 else ""
         where = "in brackets the share of MHA's cache in that study"
         lines.append(f"Perplexity: validation, {setting(found[0].rows[0])}; {where}; {spread}.")
     if decode["rows"]:

@@ -253,6 +253,30 @@ def figure3_part(results: Results) -> str:
     return table(head, body) + "\n\n" + "\n".join(lines)
 
 
+def context_gains(results: Results) -> list[tuple[str, float, float]]:
+    """(attention, gain, perplexity) of every 30M run at a context of 512, less those at a ruinous learning rate.
+
+    gain: how much lower the loss is at positions 256 to 511 than at 32 to 63, in nats.
+    """
+    cfg, found = run_for("figure1", "mha", 1, 0, results.toy).cfg, []
+    early, late = cfg.block_size // 16, cfg.block_size // 2
+    for run, row in results.done.items():
+        like = (run.cfg.dim, run.cfg.block_size) == (cfg.dim, cfg.block_size) and not run.cfg.n_expert
+        if like and not row["diverged"] and run.lr < BEYOND * run_for("figure1", "mha", 1, 0, results.toy).lr:
+            by = dict(row["by_position"])
+            found.append((run.cfg.attn, by[early] - by[late], row["ppl"]))
+    return found
+
+
+def context_part(results: Results) -> str:
+    found = context_gains(results)
+    if len(found) < 3:
+        return "Not enough runs were made."
+    _, gain, ppl = zip(*found, strict=True)
+    r = float(np.corrcoef(gain, np.log(ppl))[0, 1])
+    return f"{len(found)} runs; the correlation of the gain with the logarithm of the perplexity is {r:.2f}."
+
+
 PARTS = {
     "status": status,
     "figure1": figure1_part,
@@ -262,6 +286,7 @@ PARTS = {
     "question_a": question_a_part,
     "question_b": question_b_part,
     "why": lambda results: main_table(results, "why"),
+    "context": context_part,
     "length": length_part,
 }
 
@@ -309,7 +334,7 @@ def figure1(results: Results) -> Figure | None:
 def figure3(results: Results) -> Figure | None:
     """Loss against N D with the power laws, and cache against size, as the paper's Figure 3."""
     found = scaling(results)
-    if not any(found.values()):
+    if max(map(len, found.values())) < 2:  # one size says nothing of scaling
         return None
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -374,7 +399,26 @@ def length(results: Results) -> Figure | None:
     return figure
 
 
-PLOTS = {"figure1": figure1, "figure3": figure3, "length": length}
+def context(results: Results) -> Figure | None:
+    """Perplexity against what a long context is worth to a model, run by run."""
+    found = context_gains(results)
+    if not found:
+        return None
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for attn, (color, marker) in STYLE.items():
+        if points := [(gain, ppl) for name, gain, ppl in found if name == attn]:
+            ax.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle="none", alpha=0.8,
+                    label=attn.upper().replace("_", "-"))  # fmt: skip
+    ax.set(xlabel="loss at positions 32 to 63 less loss at 256 to 511, nats", ylabel="validation perplexity", yscale="log")
+    ax.yaxis.set_major_formatter("{x:.0f}")
+    ax.yaxis.set_minor_formatter("{x:.0f}")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
+    return figure
+
+
+PLOTS = {"figure1": figure1, "context": context, "figure3": figure3, "length": length}
 
 
 @dataclass
