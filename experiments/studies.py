@@ -8,7 +8,7 @@ size, MFA has 16 heads of C = dim / 8, so its cache is 12.5% of MHA's at every s
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -294,18 +294,23 @@ def row_of(run: Run) -> dict:
     return dict(config=asdict(run.cfg), build=run.build, **recipe)
 
 
-def read_results(path: Path) -> list[dict]:
-    """The whole lines of a results file; what a kill has cut short is left out. BadInput for a damaged one."""
+def read_lines(path: Path, check: Callable[[dict], object]) -> list[dict]:
+    """The whole lines of a results file, each seen by check; what a kill has cut short is left out. BadInput for a damaged one."""
     if not path.exists():
         return []
     rows = []
     for i, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             rows.append(json.loads(line))
-            run_of(rows[-1]), rows[-1]["dataset"]
+            check(rows[-1])
         except (ValueError, KeyError, TypeError) as e:
-            raise BadInput(f"--results {path}: line {i} is not a result of run.py ({e}); mend or remove it") from e
+            raise BadInput(f"--results {path}: line {i} is not such a result ({e}); mend or remove it") from e
     return rows
+
+
+def read_results(path: Path) -> list[dict]:
+    """The lines that run.py wrote."""
+    return read_lines(path, lambda row: (run_of(row), row["dataset"]))
 
 
 def made(rows: list[dict], dataset: str) -> dict[Run, dict]:

@@ -292,7 +292,7 @@ def test_damaged_results(folder, tmp_path, capsys):
     path = tmp_path / "study.jsonl"
     path.write_text("{}\n", encoding="utf-8")
     assert call(folder.parent, f"--results={path}") == 2
-    assert f"{path}: line 1 is not a result of run.py" in capsys.readouterr().err
+    assert f"{path}: line 1 is not such a result" in capsys.readouterr().err
     assert path.read_text(encoding="utf-8") == "{}\n"
 
 

@@ -1,0 +1,142 @@
+"""How many steps an attention needs to learn to look back and copy: python experiments/copying.py --jobs 2
+
+A block of 12 to 47 random tokens, repeated to fill the context; what counts is the loss on the repetitions. It can only be
+lowered by finding where the last tokens occurred before and taking what followed them there, which needs two layers. For
+many steps next to nothing happens, then the loss falls at once (Olsson et al. 2022, arXiv:2209.11895, see the same in the
+training of language models, and find it in their loss late in a context). The moment differs from seed to seed, hence five.
+
+The models are those of Figure 1 at a quarter of the width, with equal parameters. A run takes about a minute on one core; each
+appends its line to results/copying.jsonl as it ends, and one whose line is there is not made again. plot.py shows them.
+"""
+
+import math
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from provenance import ROOT, provenance
+from run import append, without_rest
+from studies import read_lines
+from torch import Tensor
+
+from mfa import GPT, Config
+from prepare_data import BadInput, run_command
+from train import Train, keep_memory, make_optimizer, match_params
+
+RESULTS = ROOT / "experiments" / "results" / "copying.jsonl"
+VOCAB, CONTEXT, BATCH, STEPS, WARMUP, RATE = 64, 96, 16, 2000, 50, 2e-3
+PERIODS = (12, 48)  # of the repetition, the second excluded
+SEEDS = range(5)
+SIZE = dict(vocab_size=VOCAB, block_size=CONTEXT, n_layer=2, dim=128, head_dim=16, rope_dim=8, ffn_dim=344)
+
+
+class Arm(NamedTuple):
+    name: str
+    model: dict  # fields of Config, on top of SIZE
+
+
+MFA = dict(attn="mfa")
+ARMS = {
+    "mha": Arm("MHA", dict(attn="mha")),
+    "gqa2": Arm("GQA, 2 KV heads", dict(attn="gqa", n_kv_head=2)),
+    "mqa": Arm("MQA", dict(attn="mqa")),
+    "mla": Arm("MLA, joint latent of dim/4", dict(attn="mla", joint_kv=True, latent_dim=32)),
+    "mfa": Arm("MFA, C = dim/8, 16 heads", MFA),
+    "mfa_2d": Arm("MFA, C = 2d, 8 heads", dict(**MFA, latent_dim=32, mfa_n_head=8)),
+    "mfa_kr": Arm("MFA-KR, C = dim/8, 16 heads", dict(attn="mfa_kr")),
+    "mfa_full": Arm("MFA, query rank dim", dict(**MFA, q_rank=128)),
+    "mfa_norm": Arm("MFA, RMSNorm on the query latent", dict(**MFA, latent_norm=True)),
+    "mfa_base": Arm("MFA, rotary base 10,000", dict(**MFA, rope_base=1e4)),
+    "mha_base": Arm("MHA, rotary base 10,000", dict(attn="mha", rope_base=1e4)),
+}
+
+
+@dataclass
+class Args:
+    """Train small models to copy and note the step at which each begins to."""
+
+    jobs: int = 1
+    """Runs side by side, on a core each."""
+    steps: int = STEPS
+    """After which a run is given up."""
+    seeds: int = len(SEEDS)
+    """Of each attention."""
+    results: Path = RESULTS
+    """File of the results."""
+
+
+def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens (BATCH, CONTEXT) and targets, -1 where the next token is new."""
+    block = torch.randint(VOCAB, (BATCH, CONTEXT + 1), generator=g)
+    period = torch.randint(*PERIODS, (BATCH, 1), generator=g)
+    at = torch.arange(CONTEXT + 1)
+    tokens = block.gather(1, at % period)  # (BATCH, CONTEXT + 1)
+    return tokens[:, :-1], tokens[:, 1:].masked_fill(at[1:] < period, -1)
+
+
+def config(arm: str) -> Config:
+    cfg = Config(**SIZE, **ARMS[arm].model)
+    return cfg if cfg.attn == "mha" else match_params(cfg)
+
+
+def train_run(arm: str, seed: int, steps: int) -> dict:
+    """Train until the loss, a running mean over some ten steps, is below half of that of guessing; `step` says when."""
+    torch.set_num_threads(1)
+    device, began = torch.device("cpu"), time.perf_counter()
+    keep_memory(device)
+    cfg = config(arm)
+    torch.manual_seed(seed)
+    model, g = GPT(cfg).train(), torch.Generator().manual_seed(seed)
+    optimizer = make_optimizer(model, Train(model=cfg), device)
+    step, mean, curve, found = 0, math.log(VOCAB), [], None
+    while step < steps and found is None:
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / WARMUP)
+        loss = model(*batch(g))[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, mean = step + 1, 0.9 * mean + 0.1 * loss.item()
+        found = step if mean < math.log(VOCAB) / 2 else None
+        if step % 50 == 0 or found:
+            curve.append([step, round(mean, 4)])
+    params = sum(p.numel() for p in model.parameters())
+    return dict(step=found, of=step, params=params, curve=curve, seconds=round(time.perf_counter() - began, 1))
+
+
+def read(path: Path) -> dict[tuple[str, int], dict]:
+    """The results, by arm and seed."""
+    return {(row["arm"], row["seed"]): row for row in read_lines(path, lambda row: (row["arm"], row["seed"], row["step"]))}
+
+
+def main(args: Args) -> None:
+    for name in ("jobs", "steps", "seeds"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name} must be at least 1, not {getattr(args, name)}")
+    done, origin = read(args.results), provenance()
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    without_rest(args.results)
+    left = [(arm, seed) for seed in range(args.seeds) for arm in ARMS if (arm, seed) not in done]
+    print(f"{len(left)} runs to make, {len(done)} are made", flush=True)
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        going = {pool.submit(train_run, *which, args.steps): which for which in left}
+        for n, future in enumerate(as_completed(going), 1):
+            (arm, seed), found = going[future], future.result()
+            append(args.results, dict(arm=arm, seed=seed, **found, **origin))
+            when = f"step {found['step']}" if found["step"] else f"not within {found['of']} steps"
+            print(f"{n:3}/{len(left)}  {ARMS[arm].name:34} seed {seed}  {when}  {found['seconds']:.0f} s", flush=True)
+    for arm, a in ARMS.items():
+        steps = [row["step"] or math.inf for (name, _), row in read(args.results).items() if name == arm]
+        if steps:
+            print(f"{a.name:34} median {statistics.median(steps):6.0f}  {sorted(steps)}")
+    print(f"{args.results}\nnext: python experiments/plot.py")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
