@@ -6,12 +6,14 @@ deviation (of the sample, n - 1).
 """
 
 import itertools
+import math
 import os
 import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import copying
 import numpy as np
 import torch
 from bench_decode import grid_tables
@@ -291,6 +293,27 @@ PARTS = {
 }
 
 
+def copying_steps(rows: dict[tuple[str, int], dict]) -> dict[str, list[float]]:
+    """The steps at which an arm's seeds began to copy, in order; infinity for a run that did not."""
+    found = {arm: sorted(row["step"] or math.inf for (name, _), row in rows.items() if name == arm) for arm in copying.ARMS}
+    return {arm: steps for arm, steps in found.items() if steps}
+
+
+def copying_part(rows: dict[tuple[str, int], dict]) -> str:
+    body, given_up = [], max(row["of"] for row in rows.values())
+
+    def text(step: float) -> str:
+        return f"{step:,.0f}" if step < math.inf else f"> {given_up:,}"
+
+    for arm, steps in copying_steps(rows).items():
+        params = next(row["params"] for (name, _), row in rows.items() if name == arm)
+        each = ", ".join(map(text, steps))
+        body.append([copying.ARMS[arm].name, f"{params:,}", str(len(steps)), text(statistics.median_high(steps)), each])
+    one = next(iter(rows.values()))
+    where = f"{one['device']}, torch {one['versions']['torch']}, commit {one['commit'][:7]}, `{one['command']}`."
+    return table(["", "parameters", "seeds", "median step", "each seed's"], body) + "\n\n" + where
+
+
 def fill(text: str, parts: dict[str, str]) -> str:
     """text with what stands between <!-- begin NAME --> and <!-- end NAME --> replaced. BadInput where a mark is missing."""
     for name, part in parts.items():
@@ -418,6 +441,24 @@ def context(results: Results) -> Figure | None:
     return figure
 
 
+def copying_plot(rows: dict[tuple[str, int], dict]) -> Figure:
+    """The step at which each seed of each attention began to copy; at the right edge, hollow, those that did not."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    ax, found = figure.subplots(), copying_steps(rows)
+    edge = max(row["of"] for row in rows.values())
+    for y, (arm, steps) in enumerate(found.items()):
+        color, marker = STYLE[copying.ARMS[arm].model["attn"]]
+        for step in steps:
+            face = color if step < math.inf else "none"
+            ax.plot(min(step, edge), y, color=color, marker=marker, markerfacecolor=face, alpha=0.8, linestyle="none")
+        ax.plot([min(statistics.median_high(steps), edge)] * 2, [y - 0.3, y + 0.3], color=color)
+    ax.set_yticks(range(len(found)), [copying.ARMS[arm].name for arm in found])
+    ax.invert_yaxis()
+    ax.set(xlabel="step at which the loss on the repetitions is half of guessing's; | median", xlim=(0, None))
+    ax.grid(alpha=0.3)
+    return figure
+
+
 PLOTS = {"figure1": figure1, "context": context, "figure3": figure3, "length": length}
 
 
@@ -442,9 +483,12 @@ def main(args: Args) -> None:
         what = f"has no result on {dataset}; --dataset or --smoke may say another" if args.results.is_file() else "is not there"
         raise BadInput(f"--results {args.results}: {what}; python experiments/run.py makes results")
     parts = {name: part(results) for name, part in PARTS.items()}
-    for name, plot in PLOTS.items():
+    plots = {name: plot(results) for name, plot in PLOTS.items()}
+    if rows := copying.read(args.results.with_name(copying.RESULTS.name)):
+        parts["copying"], plots["copying"] = copying_part(rows), copying_plot(rows)
+    for name, figure in plots.items():
         path = args.results.with_name(f"{name}.png")
-        if figure := plot(results):
+        if figure:
             write_atomically(path, lambda f, figure=figure: figure.savefig(f, dpi=100, metadata={"Software": None}))
             link = Path(os.path.relpath(path, args.readme.parent)).as_posix()
             parts[name] = f"![{name}]({link})\n\n{parts[name]}"

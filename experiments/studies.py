@@ -295,7 +295,7 @@ def row_of(run: Run) -> dict:
 
 
 def read_lines(path: Path, check: Callable[[dict], object]) -> list[dict]:
-    """The whole lines of a results file, each seen by check; what a kill has cut short is left out. BadInput for a damaged one."""
+    """The whole lines of a results file, less what a kill has cut short. BadInput where check raises or a line is no JSON."""
     if not path.exists():
         return []
     rows = []

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import copying
 import plot
 import pytest
 import run
@@ -316,7 +317,7 @@ def test_the_readme_shows_the_committed_results(tmp_path):
     """python experiments/plot.py was run after the last change of results, tables or arms."""
     readme, results = tmp_path / "README.md", tmp_path / "results" / "study.jsonl"
     results.parent.mkdir()
-    for name in ("study.jsonl", "decode.json"):
+    for name in ("study.jsonl", "decode.json", "copying.jsonl"):
         shutil.copy(studies.RESULTS.with_name(name), results.with_name(name))
     shutil.copy(ROOT / "experiments" / "README.md", readme)
     assert command(plot.main, plot.Args, [f"--results={results}", f"--readme={readme}"]) == 0
@@ -350,3 +351,51 @@ def test_a_missing_mark():
         plot.fill("a\n<!-- begin x -->\nold\n<!-- end x -->\nb", {"x": r"\new"})
         == "a\n<!-- begin x -->\n\\new\n<!-- end x -->\nb"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copying
+
+
+def test_every_target_of_the_copying_task_was_seen_before():
+    tokens, targets = copying.batch(torch.Generator().manual_seed(0))
+    for sequence, target in zip(tokens.tolist(), targets.tolist(), strict=True):
+        new = target.count(-1)  # the first of these are the rest of the block
+        assert all(t == -1 for t in target[:new]) and copying.PERIODS[0] <= new + 1 < copying.PERIODS[1]
+        assert target[new:] == sequence[: len(sequence) - new]
+
+
+def test_models_of_the_copying_task_have_equal_parameters():
+    counts = [count_params(copying.config(arm)) for arm in copying.ARMS]
+    assert max(counts) / min(counts) < 1.02
+
+
+def test_a_model_that_copies_is_found_and_one_that_guesses_is_not(monkeypatch):
+    class Known(torch.nn.Module):  # in place of GPT: the loss is whatever `losses` says
+        def __init__(self, cfg):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens, targets):
+            return None, next(losses) + 0 * self.weight.sum()
+
+    monkeypatch.setattr(copying, "GPT", Known)
+    losses = iter([4.0] * 100 + [0.0] * 100)
+    found = copying.train_run("mha", 0, 200)
+    # 4.1 * 0.9^k and 4.0 (1 - 0.9^k) fall below ln(64) / 2 after seven zeros: 4.0 * 0.9^7 = 1.91 < 2.08 < 4.0 * 0.9^6 = 2.13
+    assert found["step"] == 107 and found["curve"][-1][0] == 107
+    losses = iter([4.0] * 30)
+    assert copying.train_run("mha", 0, 30)["step"] is None
+
+
+def test_copying_goes_on_where_it_stopped(tmp_path, capsys):
+    flags = [f"--results={tmp_path / 'copying.jsonl'}", "--jobs=2", "--steps=2"]
+    assert command(copying.main, copying.Args, [*flags, "--seeds=1"]) == 0
+    first = (tmp_path / "copying.jsonl").read_bytes()
+    assert "11 runs to make, 0 are made" in capsys.readouterr().out and len(first.splitlines()) == 11
+    assert command(copying.main, copying.Args, [*flags, "--seeds=1"]) == 0
+    assert "0 runs to make, 11 are made" in capsys.readouterr().out and (tmp_path / "copying.jsonl").read_bytes() == first
+    rows = copying.read(tmp_path / "copying.jsonl")
+    assert "| > 2 | > 2 |" in plot.copying_part(rows) and len(plot.copying_plot(rows).axes) == 1
+    assert command(copying.main, copying.Args, [*flags, "--seeds=0"]) == 2
+    assert "--seeds must be at least 1, not 0" in capsys.readouterr().err
