@@ -110,6 +110,8 @@ def main(args: Sample) -> None:
     options |= dict(use_cache=args.cache, cache_dtype=cache_dtype)
     if args.graphs:
         options["decode"] = fast_decode(model, args.compile)
+    if args.compile and not options.get("decode"):
+        raise BadInput("--compile compiles what --graphs replays, on a GPU and without experts: leave it out here")
     print(f"{path}: {cfg.attn}, step {ckpt['step']}, best validation loss {ckpt['best_loss']:.4f}\n", flush=True)
 
     idx, seconds, made = torch.tensor([prompt], device=device), 0.0, 0

@@ -258,6 +258,7 @@ TABLE = {
     "no samples": (nothing, "sample.py --num_samples 0", "--num_samples must be at least 1, not 0"),
     "negative seed": (nothing, "sample.py --seed -1", "--seed must be from 0 to 2^32 - 1, not -1"),
     "no GPU to sample on": (nothing, "sample.py --device cuda:99", "--device cuda:99: not on this machine"),
+    "compiling without graphs": (nothing, "sample.py --compile", "--compile compiles what --graphs replays, on a GPU"),
     "no such checkpoint": (nothing, "sample.py --checkpoint a.pt", "checkpoint a.pt is not there: train one with python train.py"),
     "a folder for a checkpoint": (nothing, "sample.py --checkpoint run", "checkpoint run is a folder: give run/best.pt"),
     "another tokenizer in it": (
