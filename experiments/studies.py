@@ -169,6 +169,7 @@ REST = ("table3", "table6", "table5", "length", "figure3")
 QUEUE = [
     ("figure1", CORE, (1,), (0,)),
     ("figure1", CORE, GRID, (0,)),
+    ("why", ("mfa_full", "mfa_half"), (1,), (0,)),  # copying.py makes the query rank a suspect
     ("figure1", CORE, BEST, (1, 2)),
     ("table4", TABLE4, (1,), (0,)),
     ("question_a", ROTATED, (1,), (0,)),
