@@ -303,14 +303,14 @@ def copying_part(rows: dict[tuple[str, int], dict]) -> str:
     body, given_up = [], max(row["of"] for row in rows.values())
 
     def text(step: float) -> str:
-        return f"{step:,.0f}" if step < math.inf else f"> {given_up:,}"
+        return f"{step:.0f}" if step < math.inf else f"> {given_up}"
 
     for arm, steps in copying_steps(rows).items():
         params = next(row["params"] for (name, _), row in rows.items() if name == arm)
         each = ", ".join(map(text, steps))
         body.append([copying.ARMS[arm].name, f"{params:,}", str(len(steps)), text(statistics.median_high(steps)), each])
-    one = next(iter(rows.values()))
-    where = f"{one['device']}, torch {one['versions']['torch']}, commit {one['commit'][:7]}, `{one['command']}`."
+    runs = [(row["device"], row["versions"]["torch"], row["commit"][:7], row["command"]) for row in rows.values()]
+    where = "\n".join(f"{on}, torch {torch}, commit {at}, `{how}`." for on, torch, at, how in dict.fromkeys(runs))
     return table(["", "parameters", "seeds", "median step", "each seed's"], body) + "\n\n" + where
 
 
