@@ -64,6 +64,7 @@ NOT_RUN = {
     "python experiments/run.py --study all --source DIR": "needs the text of pg-books, and hours of a GPU",
     "python experiments/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
     "python experiments/run.py --study all --smoke": "tests/test_study.py does it",
+    "python experiments/copying.py --jobs 2": "half an hour; tests/test_study.py runs it for two steps",
     "python notebooks/build.py": "a minute and more; .ci/run executes every notebook",
     "python -m pytest --nbmake --nbmake-timeout=120 notebooks": ".ci/run does it",
 }
