@@ -16,12 +16,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from provenance import ROOT, provenance
 from run import append, without_rest
-from studies import read_lines
+from studies import BASE, GQA2, KR, MFA, MHA, MQA, Arm, read_lines
 from torch import Tensor
 
 from mfa import GPT, Config
@@ -31,31 +30,22 @@ from train import Train, keep_memory, make_optimizer, match_params
 RESULTS = ROOT / "experiments" / "results" / "copying.jsonl"
 VOCAB, CONTEXT, BATCH, STEPS, WARMUP, RATE = 64, 96, 16, 2000, 50, 2e-3
 PERIODS = (12, 48)  # of the repetition, the second excluded
-SEEDS = range(5)
 SIZE = dict(vocab_size=VOCAB, block_size=CONTEXT, n_layer=2, dim=128, head_dim=16, rope_dim=8, ffn_dim=344)
-
-
-class Arm(NamedTuple):
-    name: str
-    model: dict  # fields of Config, on top of SIZE
-
-
-MFA = dict(attn="mfa")
-ARMS = {
-    "mha": Arm("MHA", dict(attn="mha")),
-    "gqa2": Arm("GQA, 2 KV heads", dict(attn="gqa", n_kv_head=2)),
-    "mqa": Arm("MQA", dict(attn="mqa")),
+ARMS = {  # fields of Config, on top of SIZE
+    "mha": Arm("MHA", MHA),
+    "gqa2": Arm("GQA, 2 KV heads", GQA2),
+    "mqa": Arm("MQA", MQA),
     "mla": Arm("MLA, joint latent of dim/4", dict(attn="mla", joint_kv=True, latent_dim=32)),
     "mfa": Arm("MFA, C = dim/8, 16 heads", MFA),
     "mfa_2d": Arm("MFA, C = 2d, 8 heads", dict(**MFA, latent_dim=32, mfa_n_head=8)),
-    "mfa_kr": Arm("MFA-KR, C = dim/8, 16 heads", dict(attn="mfa_kr")),
-    "mfa_kr_post": Arm("MFA-KR, post", dict(attn="mfa_kr", key_reuse_rope="post")),
-    "mfa_kr_inverse": Arm("MFA-KR, inverse", dict(attn="mfa_kr", key_reuse_rope="inverse")),
-    "mfa_kr_full": Arm("MFA-KR, query rank dim", dict(attn="mfa_kr", q_rank=128)),
+    "mfa_kr": Arm("MFA-KR, C = dim/8, 16 heads", KR),
+    "mfa_kr_post": Arm("MFA-KR, post", dict(**KR, key_reuse_rope="post")),
+    "mfa_kr_inverse": Arm("MFA-KR, inverse", dict(**KR, key_reuse_rope="inverse")),
+    "mfa_kr_full": Arm("MFA-KR, query rank dim", dict(**KR, q_rank=128)),
     "mfa_full": Arm("MFA, query rank dim", dict(**MFA, q_rank=128)),
     "mfa_norm": Arm("MFA, RMSNorm on the query latent", dict(**MFA, latent_norm=True)),
-    "mfa_base": Arm("MFA, rotary base 10,000", dict(**MFA, rope_base=1e4)),
-    "mha_base": Arm("MHA, rotary base 10,000", dict(attn="mha", rope_base=1e4)),
+    "mfa_base": Arm("MFA, rotary base 10,000", dict(**MFA, **BASE)),
+    "mha_base": Arm("MHA, rotary base 10,000", dict(**MHA, **BASE)),
 }
 
 
@@ -67,7 +57,7 @@ class Args:
     """Runs side by side, on a core each."""
     steps: int = STEPS
     """After which a run is given up."""
-    seeds: int = len(SEEDS)
+    seeds: int = 5
     """Of each attention."""
     results: Path = RESULTS
     """File of the results."""
@@ -115,7 +105,14 @@ def train_run(arm: str, seed: int, steps: int) -> dict:
 
 def read(path: Path) -> dict[tuple[str, int], dict]:
     """The results, by arm and seed."""
-    return {(row["arm"], row["seed"]): row for row in read_lines(path, lambda row: (row["arm"], row["seed"], row["step"]))}
+    rows = read_lines(path, "copying.py", lambda row: (row["arm"], row["seed"], row["step"]))
+    return {(row["arm"], row["seed"]): row for row in rows}
+
+
+def steps_of(rows: dict[tuple[str, int], dict]) -> dict[str, list[float]]:
+    """The steps at which an arm's seeds began to copy, in order; infinity for a run that did not."""
+    found = {arm: sorted(row["step"] or math.inf for (name, _), row in rows.items() if name == arm) for arm in ARMS}
+    return {arm: steps for arm, steps in found.items() if steps}
 
 
 def main(args: Args) -> None:
@@ -134,10 +131,8 @@ def main(args: Args) -> None:
             append(args.results, dict(arm=arm, seed=seed, **found, **origin))
             when = f"step {found['step']}" if found["step"] else f"not within {found['of']} steps"
             print(f"{n:3}/{len(left)}  {ARMS[arm].name:34} seed {seed}  {when}  {found['seconds']:.0f} s", flush=True)
-    for arm, a in ARMS.items():
-        steps = [row["step"] or math.inf for (name, _), row in read(args.results).items() if name == arm]
-        if steps:
-            print(f"{a.name:34} median {statistics.median(steps):6.0f}  {sorted(steps)}")
+    for arm, steps in steps_of(read(args.results)).items():
+        print(f"{ARMS[arm].name:34} median {statistics.median_high(steps):6.0f}  {steps}")
     print(f"{args.results}\nnext: python experiments/plot.py")
 
 

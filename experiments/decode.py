@@ -140,7 +140,7 @@ def parts(pairs: int, tiles: int, slots: int) -> int:
     def used(n: int) -> float:
         return pairs * n / (math.ceil(pairs * n / slots) * slots)
 
-    choices = range(1, max(4, min(128, tiles // 2)) + 1)
+    choices = range(1, max(4, min(128, tiles // 2)) + 1)  # 4: few keys take as long as a launch, however they are cut
     return next(n for n in choices if used(n) >= 0.9 * max(map(used, choices)))
 
 
@@ -234,9 +234,10 @@ class Share(nn.Module):
 
 
 def side_by_side(norm: nn.Module, module: nn.Module, run: Callable, x: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Twins of a norm and of what follows it, in which the norm takes the products, too, and the module its shares of them.
+    """Twins of a norm and of what follows it: the norm takes the products, too, the module its shares of them.
 
-    The module is asked by run(x) which of its linear maps take x itself. Their weights become views of one matrix.
+    The module is asked by run(x) which of its linear maps take x itself. Their weights become views of one matrix; the other
+    maps become Products of their own.
     """
     twin, found = copy.copy(module), []
 

@@ -260,11 +260,12 @@ def context_gains(results: Results) -> list[tuple[str, float, float]]:
 
     gain: how much lower the loss is at positions 256 to 511 than at 32 to 63, in nats.
     """
-    cfg, found = run_for("figure1", "mha", 1, 0, results.toy).cfg, []
+    middle, found = run_for("figure1", "mha", 1, 0, results.toy), []
+    cfg = middle.cfg
     early, late = cfg.block_size // 16, cfg.block_size // 2
     for run, row in results.done.items():
         like = (run.cfg.dim, run.cfg.block_size) == (cfg.dim, cfg.block_size) and not run.cfg.n_expert
-        if like and not row["diverged"] and run.lr < BEYOND * run_for("figure1", "mha", 1, 0, results.toy).lr:
+        if like and not row["diverged"] and run.lr < BEYOND * middle.lr:
             by = dict(row["by_position"])
             found.append((run.cfg.attn, by[early] - by[late], row["ppl"]))
     return found
@@ -293,19 +294,13 @@ PARTS = {
 }
 
 
-def copying_steps(rows: dict[tuple[str, int], dict]) -> dict[str, list[float]]:
-    """The steps at which an arm's seeds began to copy, in order; infinity for a run that did not."""
-    found = {arm: sorted(row["step"] or math.inf for (name, _), row in rows.items() if name == arm) for arm in copying.ARMS}
-    return {arm: steps for arm, steps in found.items() if steps}
-
-
 def copying_part(rows: dict[tuple[str, int], dict]) -> str:
     body, given_up = [], max(row["of"] for row in rows.values())
 
     def text(step: float) -> str:
         return f"{step:.0f}" if step < math.inf else f"> {given_up}"
 
-    for arm, steps in copying_steps(rows).items():
+    for arm, steps in copying.steps_of(rows).items():
         params = next(row["params"] for (name, _), row in rows.items() if name == arm)
         each = ", ".join(map(text, steps))
         body.append([copying.ARMS[arm].name, f"{params:,}", str(len(steps)), text(statistics.median_high(steps)), each])
@@ -444,7 +439,7 @@ def context(results: Results) -> Figure | None:
 def copying_plot(rows: dict[tuple[str, int], dict]) -> Figure:
     """The step at which each seed of each attention began to copy; at the right edge, hollow, those that did not."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
-    ax, found = figure.subplots(), copying_steps(rows)
+    ax, found = figure.subplots(), copying.steps_of(rows)
     edge = max(row["of"] for row in rows.values())
     for y, (arm, steps) in enumerate(found.items()):
         color, marker = STYLE[copying.ARMS[arm].model["attn"]]

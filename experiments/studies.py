@@ -295,8 +295,8 @@ def row_of(run: Run) -> dict:
     return dict(config=asdict(run.cfg), build=run.build, **recipe)
 
 
-def read_lines(path: Path, check: Callable[[dict], object]) -> list[dict]:
-    """The whole lines of a results file, less what a kill has cut short. BadInput where check raises or a line is no JSON."""
+def read_lines(path: Path, script: str, check: Callable[[dict], object]) -> list[dict]:
+    """The whole lines that a script wrote, less what a kill has cut short. BadInput where check raises or a line is no JSON."""
     if not path.exists():
         return []
     rows = []
@@ -305,13 +305,13 @@ def read_lines(path: Path, check: Callable[[dict], object]) -> list[dict]:
             rows.append(json.loads(line))
             check(rows[-1])
         except (ValueError, KeyError, TypeError) as e:
-            raise BadInput(f"--results {path}: line {i} is not such a result ({e}); mend or remove it") from e
+            raise BadInput(f"--results {path}: line {i} is not a result of {script} ({e}); mend or remove it") from e
     return rows
 
 
 def read_results(path: Path) -> list[dict]:
     """The lines that run.py wrote."""
-    return read_lines(path, lambda row: (run_of(row), row["dataset"]))
+    return read_lines(path, "run.py", lambda row: (run_of(row), row["dataset"]))
 
 
 def made(rows: list[dict], dataset: str) -> dict[Run, dict]:
