@@ -1,7 +1,7 @@
 """Trains the runs of the studies, in the order of studies.QUEUE: python experiments/run.py --study all
 
     python experiments/run.py --study all --dry_run                  # the queue: what is made, and how long the rest takes
-    python experiments/run.py --study all --jobs 2                   # two runs side by side on each GPU there is
+    python experiments/run.py --study all --jobs 2                   # each GPU has two: one compiles while the other trains
     python experiments/run.py --study all --limit_seconds 3000       # start nothing that would not end in time
     python experiments/run.py --study all --smoke                    # every run at toy size, a minute on a CPU
 
@@ -55,6 +55,8 @@ from train import (
 )
 
 POINTS = 8  # of the curve, each on
+COMPILING = 3  # steps, before the one that becomes a CUDA graph
+TURNS: dict = {}  # a lock for each device, in the processes of --jobs 2 and more
 PART = 1 << 17  # validation tokens, always the first; the loss that counts is a sweep over all of them at the end
 TOY_VAL = 1025  # of which --smoke makes do with so many
 
@@ -82,7 +84,7 @@ class Args:
     compile: Literal["auto", "blocks", "model", "no"] = "auto"
     """torch.compile: one block, which serves for all of them, or the whole model. auto: blocks, where it pays."""
     jobs: int = 1
-    """Runs side by side on each device: one compiles and evaluates while the other trains."""
+    """Runs at a time on each device. They take turns at training, so the next one is compiled when its turn comes."""
     limit_seconds: float = math.inf
     """Start no run that is not likely to end within this time."""
     guess_seconds: float = 60
@@ -121,13 +123,13 @@ def as_graph(step: Callable[[], None]) -> Callable[[], None]:
 
     def call() -> None:
         n = next(calls)
-        if n < 3:  # real steps, which compile, choose kernels and make the optimizer's state
+        if n < COMPILING:  # real steps, which compile, choose kernels and make the optimizer's state
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 step()
             torch.cuda.current_stream().wait_stream(side)
             return
-        if n == 3:
+        if n == COMPILING:
             with torch.cuda.graph(graph):
                 step()
         graph.replay()
@@ -190,9 +192,13 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
         optimizer.zero_grad(set_to_none=True)
 
     take_step = as_graph(one_step) if device.type == "cuda" and fixed else one_step
-    curve, step, diverged = [], 0, False
-    with attention_kernels(device):
+    curve, step, diverged, waited = [], 0, False, 0.0
+    with attention_kernels(device), contextlib.ExitStack() as turn:
         while step < args.max_iters:
+            if step == COMPILING and device_name in TURNS:  # two that share a GPU step by step are slower than in turn
+                asked = time.perf_counter()
+                turn.enter_context(TURNS[device_name])
+                waited = time.perf_counter() - asked
             lr.fill_(learning_rate(step, args))
             tokens.copy_(window(train_ids, batch_starts(args, step, len(train_ids)), T + 1, device))  # (B, T + 1)
             take_step()
@@ -212,7 +218,7 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
         cache_share=kept / cache_bytes(mha_of(cfg)), tokens=step * run.batch_size * T, val_loss=val_loss,
         best_val_loss=min((loss for _, loss in curve), default=None), ppl=None if diverged else math.exp(val_loss),
         bpb=None if diverged else val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"],
-        seconds=round(time.perf_counter() - began, 1), curve=curve, by_position=positions, diverged=diverged,
+        seconds=round(time.perf_counter() - began - waited, 1), curve=curve, by_position=positions, diverged=diverged,
         compile=compile,
     )  # fmt: skip
 
@@ -252,7 +258,7 @@ def estimate(run: Run, rows: list[dict], args: Args, device: str) -> float:
         if found[:-1] == want[:-1]:
             return seconds
     work = 29.9e6 * 65.5e6  # what guess_seconds is for
-    each = median(seconds / found[-1] for seconds, found in known) if known else args.guess_seconds * args.jobs / work
+    each = median(seconds / found[-1] for seconds, found in known) if known else args.guess_seconds / work
     return each * want[-1]
 
 
@@ -269,7 +275,7 @@ def print_queue(args: Args, rows: list[dict], dataset: str, device: str) -> None
         state += ", waits for its learning rates" if task.run.lr is None else ""
         total += seconds * (row is None)
         print(f"{i:4}  {show(task)}  {state}")
-    print(f"still to make: about {total / args.jobs / len(devices_of(args.device)) / 60:.0f} minutes")
+    print(f"still to make: about {total / len(devices_of(args.device)) / 60:.0f} minutes")
 
 
 def devices_of(name: str) -> list[str]:
@@ -279,8 +285,10 @@ def devices_of(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def workers(jobs: int):
-    """A function that starts work(*values) and returns its Future: in other processes, or here and now if jobs is 1."""
+def workers(jobs: int, devices: list[str]):
+    """A function that starts work(*values) and returns its Future: in a process for each job on each device, or here and now
+    if that is one.
+    """
 
     def here(work: Callable, *values) -> Future:
         future = Future()
@@ -290,11 +298,18 @@ def workers(jobs: int):
             future.set_exception(e)
         return future
 
-    if jobs == 1:
+    spawn = get_context("spawn")
+    turns = {device: spawn.Lock() for device in devices} if jobs > 1 else {}
+    if jobs * len(devices) == 1:
         yield here
     else:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs * len(devices), spawn, take_turns, (turns,)) as pool:
             yield pool.submit
+
+
+def take_turns(locks: dict) -> None:
+    """What a process of --jobs 2 begins with: a lock for each device."""
+    TURNS.update(locks)
 
 
 def main(args: Args) -> None:
@@ -324,11 +339,12 @@ def main(args: Args) -> None:
         done, busy = made(rows, dataset), failed | {task.run for task, _ in going.values()}
         for task in queue(done, args.study, args.smoke):
             if task.run.lr is not None and task.run not in done and task.run not in busy:
-                if time.perf_counter() - began + estimate(task.run, rows, args, origin["device"]) <= args.limit_seconds:
+                ends = time.perf_counter() - began + args.jobs * estimate(task.run, rows, args, origin["device"])
+                if ends <= args.limit_seconds:  # another job's turn may come first
                     return task
         return None
 
-    with workers(args.jobs * len(devices)) as start:
+    with workers(args.jobs, devices) as start:
         while True:
             while len(going) < args.jobs * len(devices) and (task := following()):
                 busy = [device for _, device in going.values()]

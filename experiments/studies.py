@@ -163,9 +163,11 @@ STUDIES = dict(figure1=FIGURE1, table4=TABLE4, question_a=QUESTION_A, question_b
                table6=TABLE6, table5=TABLE5, length=LENGTH, figure3=FIGURE3)  # fmt: skip
 
 # What is trained first: the arms that the claims rest on at the likeliest learning rate, then its neighbours, then the other
-# seeds at the best of the three; after them the rest, one seed first. (study, arms, learning rates, seeds)
+# seeds at the best of the three; then every study at one seed, and after that the others' rates and seeds in order of
+# importance. (study, arms, learning rates, seeds)
 ROTATED = ("pre", "post", "inverse")
 REST = ("table3", "table6", "table5", "length", "figure3")
+LARGE = tuple(arm for arm in FIGURE3 if FIGURE3[arm].size == "60M")  # four times as long as the others
 QUEUE = [
     ("figure1", CORE, (1,), (0,)),
     ("figure1", CORE, GRID, (0,)),
@@ -173,16 +175,18 @@ QUEUE = [
     ("figure1", CORE, BEST, (1, 2)),
     ("table4", TABLE4, (1,), (0,)),
     ("question_a", ROTATED, (1,), (0,)),
-    ("why", WHY, (1,), (0,)),
-    ("question_b", ("mfa_30m_vo", "mha_30m_vo", "mfa_7m_vo", "mha_7m_vo"), (1,), (0,)),
-    ("figure1", FIGURE1, GRID, (0,)),
-    ("figure1", FIGURE1, BEST, (1, 2)),
+    *((study, tuple(arm for arm in STUDIES[study] if arm not in LARGE), (1,), (0,)) for study in REST),
+    ("why", ("mha_16", "gqa4_16", "gqa2_16", "mqa_16"), (1,), (0,)),
     ("table4", TABLE4, GRID, (0,)),
     ("table4", TABLE4, BEST, (1, 2)),
-    ("question_b", QUESTION_B, (1,), (0,)),
     ("question_a", ROTATED, GRID[1:], (0, 1, 2)),
+    ("figure3", LARGE, (1,), (0,)),
+    ("figure1", FIGURE1, GRID, (0,)),
+    ("figure1", FIGURE1, BEST, (1, 2)),
+    ("why", WHY, (1,), (0,)),
+    ("question_b", ("mfa_30m_vo", "mha_30m_vo", "mfa_7m_vo", "mha_7m_vo"), (1,), (0,)),
+    ("question_b", QUESTION_B, (1,), (0,)),
     ("question_a", ("none",), (1,), (0,)),
-    *((study, STUDIES[study], (1,), (0,)) for study in REST),
     ("question_b", QUESTION_B, (1,), (1, 2)),
     *((study, STUDIES[study], (1,), (1, 2)) for study in REST),
 ]

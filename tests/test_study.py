@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import shutil
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from mfa import Config
 from prepare_data import BadInput, prepare
-from train import count_params, evaluate
+from train import count_params, evaluate, window
 
 EVERYTHING = [(study, arm) for study, arms in STUDIES.items() for arm in arms]
 
@@ -261,9 +262,8 @@ def test_runs_are_shared_out_over_all_gpus(folder, tmp_path, monkeypatch):
         return found
 
     @contextlib.contextmanager
-    def threads(jobs):
-        assert jobs == 2
-        with ThreadPoolExecutor(jobs) as pool:
+    def threads(jobs, devices):
+        with ThreadPoolExecutor(jobs * len(devices)) as pool:
             yield pool.submit
         torch.compiler.set_stance("default")  # the process' own, which threads leave as it happens; the runner has processes
 
@@ -272,6 +272,31 @@ def test_runs_are_shared_out_over_all_gpus(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "workers", threads)
     assert call(folder.parent, "--study=table6", f"--results={tmp_path / 'study.jsonl'}") == 0
     assert used.total() == 12 and min(used.values()) >= 3
+
+
+def test_jobs_on_one_device_take_turns_at_training(folder, monkeypatch):
+    """A run that has compiled waits for its turn, trains, evaluates and lets go; the wait is not among its seconds."""
+
+    class Turn:
+        def __enter__(self):
+            said.append("taken")
+            clock[0] += 1000
+
+        def __exit__(self, *_):
+            said.append("given back")
+
+    said, clock, evaluate, perf_counter = [], [0], run.evaluate, time.perf_counter
+    monkeypatch.setattr(run.time, "perf_counter", lambda: perf_counter() + clock[0])
+    monkeypatch.setattr(run, "evaluate", lambda *a: (said.append("evaluated"), evaluate(*a))[1])
+    monkeypatch.setattr(run, "window", lambda *a: (said.append("step"), window(*a))[1])
+    monkeypatch.setattr(run, "loss_by_position", lambda *a: [])
+    monkeypatch.setattr(run, "TURNS", {"cpu": Turn()})
+    monkeypatch.setattr(run, "POINTS", 1)
+    found = run.train_run(toy(max_iters=run.COMPILING + 1), folder, "cpu", val_tokens=1025)
+    assert said == ["step"] * run.COMPILING + ["taken", "step", "evaluated", "evaluated", "given back"]
+    assert found["seconds"] < 1000
+    with run.workers(2, ["one", "other"]) as start:  # its processes know the locks
+        assert start(eval, "sorted(__import__('run').TURNS)").result() == ["one", "other"]
 
 
 @pytest.mark.parametrize("flag", ["--jobs=0", "--limit_seconds=0", "--guess_seconds=-1"])
