@@ -153,7 +153,9 @@ WHY = {
     "mqa_16": Arm("MQA, 16 heads of dim/16", dict(**MQA, head_dim=32)),
     "mfa_half": Arm("MFA, query rank dim/2", dict(**MFA, q_rank=256)),
     "mfa_full": Arm("MFA, query rank dim", dict(**MFA, q_rank=512)),
+    "mfa_kr_half": Arm("MFA-KR, query rank dim/2", dict(**KR, q_rank=256)),
 }
+WIDER = ("mfa_half", "mfa_kr_half")
 LENGTH = {
     f"{attn}_{context}": Arm(f"{name}, context {context}", model, size=size)
     for context, size in ((512, "30M"), (2048, "30M, context 2048"))
@@ -173,6 +175,8 @@ QUEUE = [
     ("figure1", CORE, GRID, (0,)),
     ("why", ("mfa_full", "mfa_half"), (1,), (0,)),  # copying.py makes the query rank a suspect
     ("figure1", CORE, BEST, (1, 2)),
+    ("why", WIDER, GRID, (0,)),
+    ("why", WIDER, BEST, (1, 2)),
     ("table4", TABLE4, (1,), (0,)),
     ("question_a", ROTATED, (1,), (0,)),
     *((study, tuple(arm for arm in STUDIES[study] if arm not in LARGE), (1,), (0,)) for study in REST),
