@@ -104,9 +104,10 @@ def setting(row: dict) -> str:
 
 
 def nearest(found: list[Arm], row: Row) -> Arm | None:
-    """The arm of a row's attention (for MLA: in its form) whose share of MHA's cache is nearest to the row's."""
-    form = [getattr(row.cfg, name) for name in ("attn", "joint_kv", "compress_query")]
-    same = [arm for arm in found if [arm.rows[0]["config"][name] for name in ("attn", "joint_kv", "compress_query")] == form]
+    """The arm of a row's attention, in its form, whose share of MHA's cache is nearest to the row's."""
+    names = ("attn", "joint_kv", "compress_query", "q_rank")
+    form = [getattr(row.cfg, name) for name in names]
+    same = [arm for arm in found if [arm.rows[0]["config"][name] for name in names] == form]
     return min(same, key=lambda arm: abs(arm.share - cache_share(row.cfg)), default=None)
 
 

@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 import torch._inductor.config
 from gpu_time import kernel_times
-from provenance import ROOT, device_name, provenance, read_json
+from provenance import ROOT, provenance, read_json
 
 from mfa import GPT, Config, preset
 from prepare_data import DATA, BadInput, load, prepare, run_command, tokenizer_from
@@ -365,11 +365,15 @@ def seeds(args: Bench, text: Path, place: Path) -> dict:
         {"attn": attn, "seed": seed} | {k: run[k] for k in ("best", "best_step", "curve")}
         for (attn, seed), run in zip(jobs, found, strict=True)
     ]
-    before = read_json(args.results).get("seeds", {})
-    if (before.get("flags"), before.get("device")) == (args.preset_flags, device_name(pick_device("auto"))):
-        kept = [row for row in before["rows"] if (row["attn"], row["seed"]) not in jobs]  # of another --first_seed
-        rows = sorted(kept + rows, key=lambda row: (row["attn"], row["seed"]))
-    return {"flags": args.preset_flags, "rows": rows}
+    recipe = provenance("cuda" if torch.cuda.is_available() else "cpu") | {"flags": args.preset_flags}
+    recipes = read_json(args.results).get("seeds", {}).get("recipes", [])
+    for i, before in enumerate(recipes):
+        if (before["flags"], before["device"]) == (recipe["flags"], recipe["device"]):
+            kept = [row for row in before["rows"] if (row["attn"], row["seed"]) not in jobs]  # of another --first_seed
+            rows = sorted(kept + rows, key=lambda row: (row["attn"], row["seed"]))
+            del recipes[i]
+            break
+    return {"recipes": [*recipes, recipe | {"rows": rows}]}
 
 
 def cpu(args: Bench, text: Path, place: Path) -> dict:
@@ -467,15 +471,17 @@ def table(results: dict) -> str:
                 lines.append(f"| ours, {attn} | {reached(timed)} | {timed['step_at_target'] or ''} | {timed['best']:.4f} |")
         lines.append("")
     if "seeds" in results:
-        part = results["seeds"]
-        flags = f" with `{part['flags']}`" if part["flags"] else ""
-        lines += [f"Best validation loss of the baby preset{flags}, {part['device']}:", ""]
-        lines += ["| | cache, of MHA's | seeds | best, mean | standard deviation |", "|---|---|---|---|---|"]
+        devices = " and ".join(sorted({recipe["device"] for recipe in results["seeds"]["recipes"]}))
+        lines += [f"Best validation loss of the baby preset with these flags, {devices}:", ""]
+        lines += ["| | flags | cache, of MHA's | seeds | best, mean | standard deviation |", "|---|---|---|---|---|---|"]
         for attn in ("mfa", "mfa_kr"):
-            best, cfg = [row["best"] for row in part["rows"] if row["attn"] == attn], preset("baby", attn)
+            cfg = preset("baby", attn)
             share = cache_bytes(cfg) / cache_bytes(mha_of(cfg))
-            spread = f"{statistics.stdev(best):.4f}" if len(best) > 1 else ""
-            lines.append(f"| {attn} | {share:.2%} | {len(best)} | {statistics.mean(best):.4f} | {spread} |")
+            for recipe in results["seeds"]["recipes"]:
+                if best := [row["best"] for row in recipe["rows"] if row["attn"] == attn]:
+                    flags = f"`{recipe['flags']}`" if recipe["flags"] else "none"
+                    spread = f"{statistics.stdev(best):.4f}" if len(best) > 1 else ""
+                    lines.append(f"| {attn} | {flags} | {share:.2%} | {len(best)} | {statistics.mean(best):.4f} | {spread} |")
         lines.append("")
     if "cpu" in results:
         part = results["cpu"]

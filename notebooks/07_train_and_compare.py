@@ -350,9 +350,9 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.9), sharex=True)
 for found in figure1.values():
     attn, ppl = found[0]["attn"], [row["ppl"] for row in found]
     label = NAME[attn] if NAME[attn] not in left.get_legend_handles_labels()[1] else None
-    sd = statistics.stdev(ppl) if len(ppl) > 1 else None
-    style = dict(fmt=MARKER[attn], color=COLOR[attn], capsize=4, lw=1)
-    left.errorbar(100 * found[0]["cache_share"], statistics.mean(ppl), sd, label=label, **style)
+    inside = "white" if found[0]["config"]["q_rank"] else COLOR[attn]
+    style = dict(fmt=MARKER[attn], color=COLOR[attn], mfc=inside, label=label, capsize=4, lw=1)
+    left.errorbar(100 * found[0]["cache_share"], statistics.mean(ppl), statistics.stdev(ppl) if ppl[1:] else None, **style)
 for name, (cfg, ppl) in printed.items():
     right.plot(100 * kept[name] / kept["MHA"], float(ppl), MARKER[cfg.attn], color=COLOR[cfg.attn], label=name)
 left.set(title=f"ours: 30M, seeds of each: {seeds}", ylabel="validation perplexity", xlabel="% of MHA's cache", xscale="log")
@@ -363,11 +363,12 @@ for ax, empty in ((left, not figure1), (right, False)):
 plt.show()
 
 # %% [markdown]
-# Lower and further left is better. Do not compare heights between the panels: the text, the tokenizer, the size and the length
-# of training all differ. What can be compared is the **order**, and the differences in nats, $\ln(\text{ppl}_1 /
-# \text{ppl}_2)$. So take MFA at 12.5% as the reference and ask of every other arm: is it above MFA, in every seed? The
-# interval is Student's 95% interval of the mean difference, seed by seed. With three seeds it is wide ($4.3$ standard errors),
-# and that is the honest width. "Above" or "below" is said only where the interval leaves zero out.
+# Lower and further left is better. The hollow points are not the paper's: their $S_q$ has $H/2$ columns instead of $C$. Do not
+# compare heights between the panels: the text, the tokenizer, the size and the length of training all differ. What can be
+# compared is the **order**, and the differences in nats, $\ln(\text{ppl}_1 / \text{ppl}_2)$. So take MFA at 12.5% as the
+# reference and ask of every other arm: is it above MFA, in every seed? The interval is Student's 95% interval of the mean
+# difference, seed by seed. With three seeds it is wide ($4.3$ standard errors), and that is the honest width. "Above" or
+# "below" is said only where the interval leaves zero out.
 
 # %%
 T95 = {2: 12.71, 3: 4.30}  # Student's t for a two-sided 95% interval of a mean, by the number of values
