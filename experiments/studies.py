@@ -188,7 +188,7 @@ QUEUE = [
     ("question_b", ("mfa_30m_vo", "mha_30m_vo", "mfa_7m_vo", "mha_7m_vo"), (1,), (0,)),
     ("question_b", QUESTION_B, (1,), (0,)),
     ("question_a", ("none",), (1,), (0,)),
-    ("question_b", QUESTION_B, (1,), (1, 2)),
+    ("question_b", tuple(arm for arm in QUESTION_B if arm.endswith(("scaled", "plain"))), (1,), (1, 2)),
     *((study, STUDIES[study], (1,), (1, 2)) for study in REST),
 ]
 
