@@ -138,12 +138,14 @@ def perplexity(folder: Path) -> str:
     )
     planned, by_name = figures.STUDIES["figure1"], {arm.name: arm for arm in found if arm.ppl}
     mha, mfa = (by_name.get(planned[arm].name) for arm in ("mha", "mfa"))
-    if mha and mfa and (len(found) < len(planned) or min(len(arm.ppl) for arm in found) < 3):
+    few = min(len(arm.ppl) for arm in found) < 3
+    if mha and mfa and (len(found) < len(planned) or few):
         at, lower = f"MFA at {100 * mfa.share:.3g}% of its cache", statistics.mean(mha.ppl) < statistics.mean(mfa.ppl)
         ahead, how = (f"MHA is ahead of {at}", "unlike") if lower else (f"MHA is behind {at}", "as")
-        several = "not all" if any(len(arm.ppl) > 2 for arm in found) else "none yet"
-        first = f"First runs, {several} with three seeds and the whole grid of learning rates"
-        note = f"{first}: in them {ahead}, {how} in the paper. {note}"
+        so_far = f"{len(found)} of {len(planned)} models so far" + (", not all with three seeds" if few else "")
+        note = f"{so_far}: {ahead}, {how} in the paper. {note}"
+    if any("query rank" in arm.name for arm in found):
+        note += " A query rank of dim/2 is ours; the paper's is C."
     return f'<ul class="bars wide">{"".join(lines)}</ul><p class="note">{note}</p>'
 
 

@@ -361,19 +361,17 @@ def seeds(args: Bench, text: Path, place: Path) -> dict:
     jobs = [(attn, args.first_seed + k) for k in range(args.seeds) for attn in ("mfa", "mfa_kr")]
     with ThreadPoolExecutor(len(jobs)) as pool:  # side by side: their losses count, not their times
         found = list(pool.map(lambda job: baby_run(args, place, *job, args.preset_flags), jobs))
+    origin = provenance(pick_device("auto"))  # of each row, since a recipe's may be of several runs
     rows = [
-        {"attn": attn, "seed": seed} | {k: run[k] for k in ("best", "best_step", "curve")}
+        {"attn": attn, "seed": seed} | {k: run[k] for k in ("best", "best_step", "curve")} | origin
         for (attn, seed), run in zip(jobs, found, strict=True)
     ]
-    recipe = provenance("cuda" if torch.cuda.is_available() else "cpu") | {"flags": args.preset_flags}
-    recipes = read_json(args.results).get("seeds", {}).get("recipes", [])
-    for i, before in enumerate(recipes):
-        if (before["flags"], before["device"]) == (recipe["flags"], recipe["device"]):
-            kept = [row for row in before["rows"] if (row["attn"], row["seed"]) not in jobs]  # of another --first_seed
-            rows = sorted(kept + rows, key=lambda row: (row["attn"], row["seed"]))
-            del recipes[i]
-            break
-    return {"recipes": [*recipes, recipe | {"rows": rows}]}
+    new = {(row["attn"], row["seed"], row["device"]) for row in rows}
+    recipes = read_json(args.results).get("seeds", {}).get("recipes", {})
+    # Rows of another --first_seed or another card stay.
+    kept = [row for row in recipes.get(args.preset_flags, []) if (row["attn"], row["seed"], row["device"]) not in new]
+    recipes[args.preset_flags] = sorted(kept + rows, key=lambda row: (row["attn"], row["seed"]))
+    return {"recipes": recipes}
 
 
 def cpu(args: Bench, text: Path, place: Path) -> dict:
@@ -471,17 +469,17 @@ def table(results: dict) -> str:
                 lines.append(f"| ours, {attn} | {reached(timed)} | {timed['step_at_target'] or ''} | {timed['best']:.4f} |")
         lines.append("")
     if "seeds" in results:
-        devices = " and ".join(sorted({recipe["device"] for recipe in results["seeds"]["recipes"]}))
-        lines += [f"Best validation loss of the baby preset with these flags, {devices}:", ""]
-        lines += ["| | flags | cache, of MHA's | seeds | best, mean | standard deviation |", "|---|---|---|---|---|---|"]
+        rows = [(flags, row) for flags, recipe in results["seeds"]["recipes"].items() for row in recipe]
+        lines += ["Best validation loss of the baby preset with these flags:", ""]
+        lines += ["| | cache, of MHA's | flags | GPU | seeds | best, mean | standard deviation |", "|---" * 7 + "|"]
         for attn in ("mfa", "mfa_kr"):
             cfg = preset("baby", attn)
             share = cache_bytes(cfg) / cache_bytes(mha_of(cfg))
-            for recipe in results["seeds"]["recipes"]:
-                if best := [row["best"] for row in recipe["rows"] if row["attn"] == attn]:
-                    flags = f"`{recipe['flags']}`" if recipe["flags"] else "none"
-                    spread = f"{statistics.stdev(best):.4f}" if len(best) > 1 else ""
-                    lines.append(f"| {attn} | {flags} | {share:.2%} | {len(best)} | {statistics.mean(best):.4f} | {spread} |")
+            for flags, device in dict.fromkeys((flags, row["device"]) for flags, row in rows if row["attn"] == attn):
+                best = [r["best"] for f, r in rows if (f, r["device"], r["attn"]) == (flags, device, attn)]
+                spread = f"{statistics.stdev(best):.4f}" if len(best) > 1 else ""
+                cells = [attn, f"{share:.2%}", f"`{flags}`" if flags else "none", device, str(len(best))]
+                lines.append(f"| {' | '.join(cells)} | {statistics.mean(best):.4f} | {spread} |")
         lines.append("")
     if "cpu" in results:
         part = results["cpu"]
@@ -527,7 +525,8 @@ def main(args: Bench) -> None:
 def store(args: Bench, part: str, found: dict) -> dict:
     """Writes what a part has found so far; returns all results."""
     results = read_json(args.results)
-    results[part] = provenance("cpu" if part in ("cpu", "steps") or not torch.cuda.is_available() else "cuda") | found
+    origin = provenance("cpu" if part in ("cpu", "steps") or not torch.cuda.is_available() else "cuda")
+    results[part] = found if part == "seeds" else origin | found  # seeds: each row has its own
     args.results.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.results, lambda f: f.write((json.dumps(results, indent=1) + "\n").encode()))
     return results

@@ -24,6 +24,7 @@ from studies import (
     BEST,
     BEYOND,
     FIGURE1,
+    FIGURE3,
     GRID,
     LENGTH,
     QUESTION_A,
@@ -46,8 +47,9 @@ from train import cache_bytes, mha_of, write_atomically
 
 GRIDDED = {study for study, _, rates, _ in QUEUE if rates == BEST}
 ATTENTIONS = (("mha", "MHA"), ("mfa", "MFA"), ("mfa_kr", "MFA-KR"))
+SCALED = (*ATTENTIONS, ("mfa_half", "MFA, query rank dim/2"))
 STYLE = {"mha": ("black", "o"), "gqa": ("tab:gray", "s"), "mqa": ("tab:brown", "v"), "mla": ("tab:blue", "D"),
-         "mfa": ("tab:red", "*"), "mfa_kr": ("tab:orange", "P")}  # fmt: skip
+         "mfa": ("tab:red", "*"), "mfa_kr": ("tab:orange", "P"), "mfa_half": ("tab:pink", "X")}  # fmt: skip
 
 
 class Results:
@@ -156,7 +158,7 @@ def status(results: Results) -> str:
 def figure1_part(results: Results) -> str:
     others = [arm for arm in FIGURE1 if not arm.startswith("mfa")]
     pairs = [("mfa", arm) for arm in (*others, "mfa_kr")] + [("mfa_half", arm) for arm in (*others, "mfa")]
-    pairs += [("mfa_2d", arm) for arm in ("mha", "mfa", "mfa_kr_2d")] + [("mfa_kr_half", "mfa_kr")]
+    pairs += [("mfa_2d", arm) for arm in ("mha", "gqa2", "mfa", "mfa_kr_2d")] + [("mfa_kr_half", "mfa_kr")]
     head = ["", "against", "whose cache is", "its loss less ours, nats", "ours is lower"]
     claims = table(head, [against(results, "figure1", *pair) for pair in pairs])
     return "\n\n".join([main_table(results, "figure1"), order(results, "figure1"), claims])
@@ -216,12 +218,20 @@ def length_part(results: Results) -> str:
     return table(["loss, nats per token", "all positions", *(f"{b} to {2 * b - 1}" for b in bins)], body)
 
 
+def same_seeds(results: Results) -> dict[str, list[dict]]:
+    """The lines of Figure 3's arms, of the seeds that all of them have: a mean beside single seeds would not be even."""
+    found = {arm: results.of("figure3", arm) for arm in FIGURE3}
+    seeds = [{row["seed"] for row in rows} for rows in found.values() if rows]
+    common = set.intersection(*seeds) if seeds else set()
+    return {arm: [row for row in rows if row["seed"] in common] for arm, rows in found.items()}
+
+
 def scaling(results: Results) -> dict[str, list[tuple[float, float]]]:
     """Figure 3's points of each attention, dense: (N D, mean loss)."""
-    points = {attn: [] for attn, _ in ATTENTIONS}
-    for arm in STUDIES["figure3"]:
+    points = {attn: [] for attn, _ in SCALED}
+    for arm, made_of in same_seeds(results).items():
         attn, _, size = arm.rpartition("_")
-        rows = results.finite("figure3", arm)
+        rows = [row for row in made_of if not row["diverged"]]
         if rows and size != "moe":
             loss = statistics.mean(row["val_loss"] for row in rows)
             points[attn].append((rows[0]["params"] * rows[0]["tokens"], loss))
@@ -238,15 +248,15 @@ def power_law(points: list[tuple[float, float]]) -> tuple[float, float, float]:
 
 def figure3_part(results: Results) -> str:
     body = []
-    for arm, a in STUDIES["figure3"].items():
-        run, rows = run_for("figure3", arm, 1, 0, results.toy), results.of("figure3", arm)
+    for arm, rows in same_seeds(results).items():
+        run = run_for("figure3", arm, 1, 0, results.toy)
         params, kept, share = on_paper(run)
         tokens = run.max_iters * run.batch_size * run.cfg.block_size
         counts = [f"{params / 1e6:.2f}M", f"{tokens / 1e6:.1f}M", f"{kept:,}", f"{share:.2%}"]
-        body.append([a.name, *counts, outcome(rows, "val_loss", 4)])
+        body.append([FIGURE3[arm].name, *counts, outcome(rows, "val_loss", 4)])
     head = ["", "parameters N", "tokens D", "cache, bytes per token", "of MHA's", "loss, nats per token"]
     lines = []
-    for attn, name in ATTENTIONS:
+    for attn, name in SCALED:
         points = scaling(results)[attn]
         if len(points) < 3:
             lines.append(f"- {name}: no fit, {len(points)} of 4 dense sizes made.")
@@ -347,7 +357,7 @@ def figure1(results: Results) -> Figure | None:
     low, high = ax.get_xlim()
     ticks = [2**i for i in range(4, 20) if low <= 2**i <= high]
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    ax.set(xlabel="KV cache, bytes per token at 16 bit", ylabel="validation perplexity")
+    ax.set(xlabel="KV cache, bytes per token at 16 bit (equal ones side by side)", ylabel="validation perplexity")
     ax.grid(alpha=0.3)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8, title="(seeds)")
     return figure
@@ -359,8 +369,9 @@ def figure3(results: Results) -> Figure | None:
     if max(map(len, found.values())) < 2:  # one size says nothing of scaling
         return None
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    (left, right), sizes = figure.subplots(1, 2), ("2m", "7m", "30m", "60m")
-    for attn, name in ATTENTIONS:
+    left, right = figure.subplots(1, 2)
+    sizes = ("2m", "7m", "30m", "60m")
+    for attn, name in SCALED:
         color, marker = STYLE[attn]
         if not found[attn]:
             continue
@@ -372,15 +383,16 @@ def figure3(results: Results) -> Figure | None:
             left.plot(x, a * x**-b, color=color, linewidth=1)
             label += f": {a:.1f} (N D)^-{b:.3f}"
         left.plot(nd, loss, color=color, marker=marker, linestyle="none", label=label)
-        arms = [on_paper(run_for("figure3", f"{attn}_{size}", 1, 0, results.toy)) for size in sizes]
-        right.plot([p for p, _, _ in arms], [kept for _, kept, _ in arms], color=color, marker=marker, label=name)
+        runs = [run_for("figure3", f"{attn}_{size}", 1, 0, results.toy) for size in sizes]
+        params, kept, _ = zip(*map(on_paper, runs), strict=True)
+        right.plot(params, kept, color=color, marker=marker, label=name)
+        right.set_xticks(params, [size.upper() for size in sizes])
     left.set(xscale="log", yscale="log", xlabel="parameters x tokens", ylabel="validation loss, nats per token")
     low, high = left.get_ylim()
     left.set_yticks([loss for loss in np.arange(2, 8, 0.25) if low <= loss <= high])
     left.yaxis.set_major_formatter("{x:.2f}")
     left.yaxis.set_minor_formatter("")
     right.set(xscale="log", yscale="log", xlabel="parameters", ylabel="KV cache, bytes per token at 16 bit")
-    right.set_xticks([p for p, _, _ in arms], [size.upper() for size in sizes])
     right.xaxis.set_minor_formatter("")
     for ax in (left, right):
         ax.grid(alpha=0.3)

@@ -56,7 +56,7 @@ from train import (
 
 POINTS = 8  # of the curve, each on
 COMPILING = 3  # steps, before the one that becomes a CUDA graph
-TURNS: dict = {}  # a lock for each device, in the processes of --jobs 2 and more
+TURNS: dict[str, contextlib.AbstractContextManager] = {}  # a lock for each device, in the processes of --jobs 2 and more
 PART = 1 << 17  # validation tokens, always the first; the loss that counts is a sweep over all of them at the end
 TOY_VAL = 1025  # of which --smoke makes do with so many
 
@@ -195,7 +195,7 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     curve, step, diverged, waited = [], 0, False, 0.0
     with attention_kernels(device), contextlib.ExitStack() as turn:
         while step < args.max_iters:
-            if step == COMPILING and device_name in TURNS:  # two that share a GPU step by step are slower than in turn
+            if step == COMPILING and device_name in TURNS:
                 asked = time.perf_counter()
                 turn.enter_context(TURNS[device_name])
                 waited = time.perf_counter() - asked
@@ -303,11 +303,11 @@ def workers(jobs: int, devices: list[str]):
     if jobs * len(devices) == 1:
         yield here
     else:
-        with ProcessPoolExecutor(jobs * len(devices), spawn, take_turns, (turns,)) as pool:
+        with ProcessPoolExecutor(jobs * len(devices), spawn, initializer=keep_turns, initargs=(turns,)) as pool:
             yield pool.submit
 
 
-def take_turns(locks: dict) -> None:
+def keep_turns(locks: dict) -> None:
     """What a process of --jobs 2 begins with: a lock for each device."""
     TURNS.update(locks)
 
@@ -334,21 +334,26 @@ def main(args: Args) -> None:
     how = args.compile if args.compile != "auto" else "blocks" if can_compile(device) else "no"
     failed, going, devices = set(), {}, devices_of(args.device)  # going: Future -> (task, device)
 
-    def following() -> Task | None:
+    def seconds(run: Run) -> float:
+        return estimate(run, rows, args, origin["device"])
+
+    def following(device: str) -> Task | None:
         """The first run of the queue that is not made, can be, and fits into the time."""
         done, busy = made(rows, dataset), failed | {task.run for task, _ in going.values()}
+        before = sum(seconds(task.run) for task, place in going.values() if place == device)  # their turns come first
         for task in queue(done, args.study, args.smoke):
             if task.run.lr is not None and task.run not in done and task.run not in busy:
-                ends = time.perf_counter() - began + args.jobs * estimate(task.run, rows, args, origin["device"])
-                if ends <= args.limit_seconds:  # another job's turn may come first
+                if time.perf_counter() - began + before + seconds(task.run) <= args.limit_seconds:
                     return task
         return None
 
     with workers(args.jobs, devices) as start:
         while True:
-            while len(going) < args.jobs * len(devices) and (task := following()):
+            while len(going) < args.jobs * len(devices):
                 busy = [device for _, device in going.values()]
                 device = min(devices, key=busy.count)
+                if (task := following(device)) is None:
+                    break
                 going[start(train_run, task.run, folder, device, how, TOY_VAL if args.smoke else None)] = task, device
             if not going:
                 break

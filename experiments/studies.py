@@ -115,6 +115,9 @@ FIGURE3 = {
     f"{attn}_{size.lower()}": Arm(f"{name}, {size}", model, size=size)
     for size, kinds in (("30M", 3), ("2M", 3), ("7M", 3), ("60M", 3), ("MoE", 2))
     for attn, name, model in (("mha", "MHA", MHA), ("mfa", "MFA", MFA), ("mfa_kr", "MFA-KR", KR))[:kinds]
+} | {
+    f"mfa_half_{size.lower()}": Arm(f"MFA, query rank dim/2, {size}", dict(**MFA, q_rank=rank), size=size)
+    for size, rank in (("30M", 256), ("2M", 64), ("7M", 128), ("60M", 320))
 }
 QUESTION_A = {
     "pre": Arm("pre: unrotated keys are the values", KR),
@@ -164,11 +167,12 @@ STUDIES = dict(figure1=FIGURE1, table4=TABLE4, question_a=QUESTION_A, question_b
                table6=TABLE6, table5=TABLE5, length=LENGTH, figure3=FIGURE3)  # fmt: skip
 
 # What is trained first: the arms that the claims rest on at the likeliest learning rate, then its neighbours, then the other
-# seeds at the best of the three; then every study at one seed, and after that the others' rates and seeds in order of
-# importance. (study, arms, learning rates, seeds)
+# seeds at the best of the three; then one seed of Table 4, question A and the smaller studies, then the rates and seeds that
+# are left, in order of importance. (study, arms, learning rates, seeds)
 ROTATED = ("pre", "post", "inverse")
 REST = ("table3", "table6", "table5", "length", "figure3")
 LARGE = tuple(arm for arm in FIGURE3 if FIGURE3[arm].size == "60M")  # four times as long as the others
+SMALLER = tuple(arm for arm in FIGURE3 if arm not in LARGE)
 QUEUE = [
     ("figure1", CORE, (1,), (0,)),
     ("figure1", CORE, GRID, (0,)),
@@ -176,7 +180,7 @@ QUEUE = [
     ("figure1", CORE, BEST, (1, 2)),
     ("table4", TABLE4, (1,), (0,)),
     ("question_a", ROTATED, (1,), (0,)),
-    *((study, tuple(arm for arm in STUDIES[study] if arm not in LARGE), (1,), (0,)) for study in REST),
+    *((study, SMALLER if study == "figure3" else STUDIES[study], (1,), (0,)) for study in REST),
     ("why", ("mha_16", "gqa4_16", "gqa2_16", "mqa_16"), (1,), (0,)),
     ("table4", TABLE4, GRID, (0,)),
     ("table4", TABLE4, BEST, (1, 2)),

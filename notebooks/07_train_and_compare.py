@@ -387,7 +387,7 @@ print("" if figure1 else "No runs yet. The paper: MFA below MHA, MHA below MFA-K
 # %% [markdown]
 # The remaining comparisons, in one table: those behind Tables 3 to 6, the reading of the rotated key (`question_a`, notebook
 # 05), the init at two larger widths (`question_b`, the trap above), and what MFA's distance from MHA depends on (`why`). A
-# number without ± is a single run, and a small difference to it means nothing. Figure 3 and the effect of length are curves,
+# number without ± is a single run, and a small difference to it means nothing; nor does one between learning rates. Figure 3 and the effect of length are curves,
 # and are shown in `experiments/README.md`.
 
 # %%
@@ -396,7 +396,8 @@ for study in ("table3", "table4", "table5", "table6", "question_a", "question_b"
     found = {arm: next(filter(None, (results.of(study, arm, r) for r in rates)), []) for arm in studies.STUDIES[study]}
     print(study + ":" if any(found.values()) else f"{study}: not made yet")
     for arm, spec in studies.STUDIES[study].items() if any(found.values()) else []:
-        print(f"    {spec.name:36} {outcome(found[arm]):20}", f"paper {spec.paper}" if spec.paper else "")
+        rate = f"at {found[arm][0]['lr']:.2g}" if found[arm] else ""
+        print(f"    {spec.name:36} {outcome(found[arm]):13} {rate:10}", f"paper {spec.paper}" if spec.paper else "")
 
 # %% [markdown]
 # ## Exercises

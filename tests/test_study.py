@@ -34,7 +34,7 @@ def test_equal_parameters(study, arm):
     a, cfg = STUDIES[study][arm], run_for(study, arm, 1, 0).cfg
     size = {k: v for k, v in studies.SIZES[a.size].items() if k in Config.__dataclass_fields__}
     if a.matched:
-        assert abs(count_params(cfg) / count_params(Config(attn="mha", vocab_size=studies.VOCAB, **size)) - 1) < 0.005
+        assert abs(count_params(cfg) / count_params(Config(attn="mha", vocab_size=studies.VOCAB, **size)) - 1) < 0.008
     else:
         assert cfg.ffn_dim == size["ffn_dim"]
 
@@ -256,7 +256,7 @@ def test_runs_are_shared_out_over_all_gpus(folder, tmp_path, monkeypatch):
 
     def noted(r, folder, device, *rest):
         busy[device] += 1
-        assert busy[device] == 1  # one job for each device
+        assert device in ("one", "other") and busy[device] == 1  # one job for each device
         used[device] += 1
         found = train_run(r, folder, "cpu", *rest)
         busy[device] -= 1
@@ -264,6 +264,7 @@ def test_runs_are_shared_out_over_all_gpus(folder, tmp_path, monkeypatch):
 
     @contextlib.contextmanager
     def threads(jobs, devices):
+        assert (jobs, devices) == (1, ["one", "other"])
         with ThreadPoolExecutor(jobs * len(devices)) as pool:
             yield pool.submit
         torch.compiler.set_stance("default")  # the process' own, which threads leave as it happens; the runner has processes
@@ -296,8 +297,16 @@ def test_jobs_on_one_device_take_turns_at_training(folder, monkeypatch):
     found = run.train_run(toy(max_iters=run.COMPILING + 1), folder, "cpu", val_tokens=1025)
     assert said == ["step"] * run.COMPILING + ["taken", "step", "evaluated", "evaluated", "given back"]
     assert found["seconds"] < 1000
-    with run.workers(2, ["one", "other"]) as start:  # its processes know the locks
-        assert start(eval, "sorted(__import__('run').TURNS)").result() == ["one", "other"]
+
+
+def test_the_processes_of_two_jobs_share_a_lock_for_each_device():
+    def take(device):
+        return start(eval, f"__import__('run').TURNS['{device}'].acquire(timeout=0.2)").result()
+
+    with run.workers(2, ["one", "other"]) as start:
+        assert take("one") and not take("one") and take("other")
+    with run.workers(1, ["one", "other"]) as start:
+        assert start(eval, "__import__('run').TURNS").result() == {}
 
 
 @pytest.mark.parametrize("flag", ["--jobs=0", "--limit_seconds=0", "--guess_seconds=-1"])
