@@ -141,7 +141,7 @@ def perplexity(folder: Path) -> str:
     few = min(len(arm.ppl) for arm in found) < 3
     if mha and mfa and (len(found) < len(planned) or few):
         at, lower = f"MFA at {100 * mfa.share:.3g}% of its cache", statistics.mean(mha.ppl) < statistics.mean(mfa.ppl)
-        ahead, how = (f"MHA is ahead of {at}", "unlike") if lower else (f"MHA is behind {at}", "as")
+        ahead, how = (f"on average MHA is ahead of {at}", "unlike") if lower else (f"on average MHA is behind {at}", "as")
         so_far = f"{len(found)} of {len(planned)} models so far" + (", not all with three seeds" if few else "")
         note = f"{so_far}: {ahead}, {how} in the paper. {note}"
     if any("query rank" in arm.name for arm in found):

@@ -42,6 +42,8 @@ ARMS = {  # fields of Config, on top of SIZE
     "mfa_kr_post": Arm("MFA-KR, post", dict(**KR, key_reuse_rope="post")),
     "mfa_kr_inverse": Arm("MFA-KR, inverse", dict(**KR, key_reuse_rope="inverse")),
     "mfa_kr_full": Arm("MFA-KR, query rank dim", dict(**KR, q_rank=128)),
+    "mfa_quarter": Arm("MFA, query rank dim/4 = 2 C", dict(**MFA, q_rank=32)),
+    "mfa_half": Arm("MFA, query rank dim/2", dict(**MFA, q_rank=64)),
     "mfa_full": Arm("MFA, query rank dim", dict(**MFA, q_rank=128)),
     "mfa_norm": Arm("MFA, RMSNorm on the query latent", dict(**MFA, latent_norm=True)),
     "mfa_base": Arm("MFA, rotary base 10,000", dict(**MFA, **BASE)),
