@@ -157,6 +157,7 @@ WHY = {
     "gqa2_16": Arm("GQA, 16 heads of dim/16, 2 KV heads", dict(**GQA2, head_dim=32)),
     "mqa_16": Arm("MQA, 16 heads of dim/16", dict(**MQA, head_dim=32)),
     "mfa_full": Arm("MFA, query rank dim", dict(**MFA, q_rank=512)),
+    "mfa_quarter": Arm("MFA, query rank dim/4 = 2 C", dict(**MFA, q_rank=128)),
 }
 LENGTH = {
     f"{attn}_{context}": Arm(f"{name}, context {context}", model, size=size)
@@ -176,7 +177,7 @@ SMALLER = tuple(arm for arm in FIGURE3 if arm not in LARGE)
 QUEUE = [
     ("figure1", CORE, (1,), (0,)),
     ("figure1", CORE, GRID, (0,)),
-    ("why", ("mfa_full",), (1,), (0,)),  # copying.py makes the query rank a suspect
+    ("why", ("mfa_full", "mfa_quarter"), (1,), (0,)),  # copying.py makes the query rank a suspect
     ("figure1", CORE, BEST, (1, 2)),
     ("table4", TABLE4, (1,), (0,)),
     ("question_a", ROTATED, (1,), (0,)),
