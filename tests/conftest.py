@@ -1,6 +1,7 @@
 """What tests of several files ask for by name."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before experiments/decode.py is imported: its kernel then runs on a CPU
+signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it is ignored, and so it would be in the commands tested
 
 
 @pytest.fixture(scope="session")
