@@ -144,7 +144,7 @@ def perplexity(folder: Path) -> str:
         ahead, how = (f"on average MHA is ahead of {at}", "unlike") if lower else (f"on average MHA is behind {at}", "as")
         so_far = f"{len(found)} of {len(planned)} models so far" + (", not all with three seeds" if few else "")
         note = f"{so_far}: {ahead}, {how} in the paper. {note}"
-    if any("query rank" in arm.name for arm in found):
+    if any(arm.rows[0]["config"]["q_rank"] for arm in found):
         note += " A query rank of dim/2 is ours; the paper's is C."
     return f'<ul class="bars wide">{"".join(lines)}</ul><p class="note">{note}</p>'
 

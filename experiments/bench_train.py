@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -469,17 +470,18 @@ def table(results: dict) -> str:
                 lines.append(f"| ours, {attn} | {reached(timed)} | {timed['step_at_target'] or ''} | {timed['best']:.4f} |")
         lines.append("")
     if "seeds" in results:
-        rows = [(flags, row) for flags, recipe in results["seeds"]["recipes"].items() for row in recipe]
+        best = defaultdict(list)
+        for flags, rows in results["seeds"]["recipes"].items():
+            for row in rows:
+                best[row["attn"], flags, row["device"]].append(row["best"])
         lines += ["Best validation loss of the baby preset with these flags:", ""]
         lines += ["| | cache, of MHA's | flags | GPU | seeds | best, mean | standard deviation |", "|---" * 7 + "|"]
-        for attn in ("mfa", "mfa_kr"):
+        for (attn, flags, device), losses in sorted(best.items(), key=lambda item: item[0][0]):
             cfg = preset("baby", attn)
             share = cache_bytes(cfg) / cache_bytes(mha_of(cfg))
-            for flags, device in dict.fromkeys((flags, row["device"]) for flags, row in rows if row["attn"] == attn):
-                best = [r["best"] for f, r in rows if (f, r["device"], r["attn"]) == (flags, device, attn)]
-                spread = f"{statistics.stdev(best):.4f}" if len(best) > 1 else ""
-                cells = [attn, f"{share:.2%}", f"`{flags}`" if flags else "none", device, str(len(best))]
-                lines.append(f"| {' | '.join(cells)} | {statistics.mean(best):.4f} | {spread} |")
+            spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+            cells = [attn, f"{share:.2%}", f"`{flags}`" if flags else "none", device, str(len(losses))]
+            lines.append(f"| {' | '.join(cells)} | {statistics.mean(losses):.4f} | {spread} |")
         lines.append("")
     if "cpu" in results:
         part = results["cpu"]

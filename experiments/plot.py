@@ -255,9 +255,9 @@ def figure3_part(results: Results) -> str:
         counts = [f"{params / 1e6:.2f}M", f"{tokens / 1e6:.1f}M", f"{kept:,}", f"{share:.2%}"]
         body.append([FIGURE3[arm].name, *counts, outcome(rows, "val_loss", 4)])
     head = ["", "parameters N", "tokens D", "cache, bytes per token", "of MHA's", "loss, nats per token"]
-    lines = []
+    lines, found = [], scaling(results)
     for attn, name in SCALED:
-        points = scaling(results)[attn]
+        points = found[attn]
         if len(points) < 3:
             lines.append(f"- {name}: no fit, {len(points)} of 4 dense sizes made.")
         else:
@@ -338,19 +338,17 @@ def fill(text: str, parts: dict[str, str]) -> str:
 def figure1(results: Results) -> Figure | None:
     """Perplexity against cache, as the paper's Figure 1."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
-    ax, drawn, beside = figure.subplots(), [], Counter()
+    ax, drawn = figure.subplots(), Counter()  # arms so far, by color and by cache
     for arm, a in FIGURE1.items():
         ppl = [row["ppl"] for row in results.finite("figure1", arm)]
         if ppl:
             color, _ = STYLE[a.model["attn"]]
-            same = sum(c == color for c in drawn)  # arms of this attention so far
-            drawn.append(color)
             kept = on_paper(run_for("figure1", arm, 1, 0, results.toy))[1]
             error = statistics.stdev(ppl) if len(ppl) > 1 else 0
-            place = kept * 1.05 ** beside[kept]  # arms of one cache stand beside each other
-            beside[kept] += 1
-            look = dict(color=color, marker="osD^v"[same], markersize=8, capsize=3, linestyle="none", alpha=0.8)
+            place = kept * 1.05 ** drawn[kept]  # arms of one cache stand beside each other
+            look = dict(color=color, marker="osD^v"[drawn[color]], markersize=8, capsize=3, linestyle="none", alpha=0.8)
             ax.errorbar([place], [statistics.mean(ppl)], [error], label=f"{a.name} ({len(ppl)})", **look)
+            drawn.update([color, kept])
     if not drawn:
         return None
     ax.set_xscale("log", base=2)
@@ -386,13 +384,13 @@ def figure3(results: Results) -> Figure | None:
         runs = [run_for("figure3", f"{attn}_{size}", 1, 0, results.toy) for size in sizes]
         params, kept, _ = zip(*map(on_paper, runs), strict=True)
         right.plot(params, kept, color=color, marker=marker, label=name)
-        right.set_xticks(params, [size.upper() for size in sizes])
     left.set(xscale="log", yscale="log", xlabel="parameters x tokens", ylabel="validation loss, nats per token")
     low, high = left.get_ylim()
     left.set_yticks([loss for loss in np.arange(2, 8, 0.25) if low <= loss <= high])
     left.yaxis.set_major_formatter("{x:.2f}")
     left.yaxis.set_minor_formatter("")
     right.set(xscale="log", yscale="log", xlabel="parameters", ylabel="KV cache, bytes per token at 16 bit")
+    right.set_xticks(params, [size.upper() for size in sizes])  # any attention's: they are alike. A new scale forgets its ticks
     right.xaxis.set_minor_formatter("")
     for ax in (left, right):
         ax.grid(alpha=0.3)

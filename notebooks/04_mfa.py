@@ -339,9 +339,9 @@ assert cached == dict(none=2 * C, rope=2 * C)
 #
 # StepFun's own model Step-3 ships MFA with a wide query (`q_rank` 2048 at $C = 256$), and with an RMSNorm on the query latent
 # $x_i S_q$. The wide query moves it towards MQA, as in the plot above, and costs no cache; in our own study at 30M parameters
-# it takes MFA's mean perplexity from above MHA's to level with it (notebook 07, the hollow points). The norm is another matter: it
-# divides by the size of the latent, so twice the input no longer gives twice the score. There is no $W_c$ any more, and Eq. 7
-# does not exist.
+# it takes MFA's mean perplexity from above MHA's to level with it (notebook 07, the hollow points). The norm is another
+# matter: it divides by the size of the latent, so twice the input no longer gives twice the score. There is no $W_c$ any more,
+# and Eq. 7 does not exist.
 
 # %%
 q_of = {}

@@ -34,7 +34,7 @@ def test_equal_parameters(study, arm):
     a, cfg = STUDIES[study][arm], run_for(study, arm, 1, 0).cfg
     size = {k: v for k, v in studies.SIZES[a.size].items() if k in Config.__dataclass_fields__}
     if a.matched:
-        assert abs(count_params(cfg) / count_params(Config(attn="mha", vocab_size=studies.VOCAB, **size)) - 1) < 0.008
+        assert abs(count_params(cfg) / count_params(Config(attn="mha", vocab_size=studies.VOCAB, **size)) - 1) < 0.005
     else:
         assert cfg.ffn_dim == size["ffn_dim"]
 
