@@ -18,7 +18,7 @@ import bench_train  # noqa: E402
 from bench_decode import quickest  # noqa: E402
 from plot import Results, outcome  # noqa: E402
 from provenance import read_json  # noqa: E402
-from studies import STUDIES, read_results  # noqa: E402
+from studies import STUDIES, read_results, untrained  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
 MISSING = "not measured"
@@ -79,8 +79,8 @@ class Arm(NamedTuple):
 
     @property
     def ppl(self) -> list[float]:
-        """One a seed, of those that did not diverge."""
-        return [row["ppl"] for row in self.rows if not row["diverged"]]
+        """One a seed, of those that trained."""
+        return [row["ppl"] for row in self.rows if not untrained(row)]
 
     @property
     def share(self) -> float:

@@ -18,6 +18,7 @@ import copying
 import numpy as np
 import torch
 from bench_decode import grid_tables
+from hybrids import HYBRIDS
 from matplotlib.figure import Figure
 from provenance import ROOT, read_json
 from studies import (
@@ -40,6 +41,7 @@ from studies import (
     queue,
     read_results,
     run_for,
+    untrained,
 )
 
 from prepare_data import BadInput, run_command
@@ -62,14 +64,14 @@ class Results:
         """The lines of an arm, one a seed, at `times` its middle learning rate; by default at the best, if it has a grid."""
         if times is None:
             times = best(study, arm, self.done, self.toy) if study in GRIDDED else 1
-        if times is None:  # none of the grid was made, or all of it diverged
+        if times is None:  # none of the grid was made, or none of it has a loss
             times = 1
         runs = [run_for(study, arm, times, seed, self.toy) for seed in (0, 1, 2)]
         return [self.done[run] for run in runs if run in self.done]
 
-    def finite(self, study: str, arm: str) -> list[dict]:
-        """Those of them, at the best learning rate, that did not diverge."""
-        return [row for row in self.of(study, arm) if not row["diverged"]]
+    def trained(self, study: str, arm: str) -> list[dict]:
+        """Those of them, at the best learning rate, that trained."""
+        return [row for row in self.of(study, arm) if not untrained(row)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,12 +85,12 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def outcome(rows: list[dict], what: str = "ppl", digits: int = 2) -> str:
-    """A cell: mean ± deviation over the seeds, and how many diverged."""
+    """A cell: mean ± deviation over the seeds that trained, and how many did not."""
     if not rows:
         return "not made"
-    finite = [row[what] for row in rows if not row["diverged"]]
-    lost = f"{len(rows) - len(finite)} of {len(rows)} diverged" if len(finite) < len(rows) else ""
-    return ", ".join(filter(None, [spread(finite, digits) if finite else "", lost]))
+    trained = [row[what] for row in rows if not untrained(row)]
+    lost = f"{len(rows) - len(trained)} of {len(rows)} did not train" if len(trained) < len(rows) else ""
+    return ", ".join(filter(None, [spread(trained, digits) if trained else "", lost]))
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -119,7 +121,7 @@ def main_table(results: Results, study: str) -> str:
 def order(results: Results, study: str) -> str:
     """Does the order of the rows agree with the paper's? Pairs that differ are named."""
     arms = STUDIES[study]
-    found = {arm: [row["ppl"] for row in results.finite(study, arm)] for arm in arms if arms[arm].paper}
+    found = {arm: [row["ppl"] for row in results.trained(study, arm)] for arm in arms if arms[arm].paper}
     ours = {arm: statistics.mean(ppl) for arm, ppl in found.items() if ppl}
     pairs = [(a, b) for a, b in itertools.permutations(ours, 2) if float(arms[a].paper) < float(arms[b].paper)]
     if not pairs:
@@ -132,7 +134,7 @@ def order(results: Results, study: str) -> str:
 def against(results: Results, study: str, one: str, other: str) -> list[str]:
     """A line of the table of differences: loss of other less that of one, seed by seed, each at its best learning rate."""
     arms = STUDIES[study]
-    a, b = ({row["seed"]: row["val_loss"] for row in results.finite(study, arm)} for arm in (one, other))
+    a, b = ({row["seed"]: row["val_loss"] for row in results.trained(study, arm)} for arm in (one, other))
     seeds = sorted(a.keys() & b.keys())
     d = [b[seed] - a[seed] for seed in seeds]
     verdict = f"in {sum(x > 0 for x in d)} of {len(d)} seeds" if d else "not made"
@@ -148,11 +150,11 @@ def status(results: Results) -> str:
     body = []
     for study in STUDIES:
         tasks = [task.run for task in queue(results.done, study, results.toy)]
-        lost = sum(results.done[run]["diverged"] for run in tasks if run in results.done)
+        lost = sum(untrained(results.done[run]) for run in tasks if run in results.done)
         body.append([study, str(len(tasks)), str(sum(run in results.done for run in tasks)), str(lost)])
     runs = [task.run for task in queue(results.done, "all", results.toy)]
     shared = f"Together {len(runs)} runs, since studies share some; {sum(run in results.done for run in runs)} are made."
-    return table(["study", "runs", "made", "of them diverged"], body) + "\n\n" + shared
+    return table(["study", "runs", "made", "of them did not train"], body) + "\n\n" + shared
 
 
 def figure1_part(results: Results) -> str:
@@ -206,32 +208,31 @@ def question_b_part(results: Results) -> str:
     return table(["perplexity by init std", *heads], body)
 
 
-def length_part(results: Results) -> str:
-    starts = [run_for("length", arm, 1, 0, results.toy).cfg.block_size for arm in ("mha_512", "mha_2048")]
-    bins = [b for b in (1 << i for i in range(20)) if starts[0] // 8 <= b < starts[1]]
-    body = []
-    for arm, a in LENGTH.items():
-        rows = results.finite("length", arm)
-        by = [dict(row["by_position"]) for row in rows]
-        cells = [spread([d[b] for d in by], 4) if by and b in by[0] else "–" for b in bins]
-        body.append([a.name, outcome(results.of("length", arm), "val_loss", 4), *cells])
-    return table(["loss, nats per token", "all positions", *(f"{b} to {2 * b - 1}" for b in bins)], body)
-
-
-def same_seeds(results: Results) -> dict[str, list[dict]]:
-    """The lines of Figure 3's arms, of the seeds that all of them have: a mean beside single seeds would not be even."""
-    found = {arm: results.of("figure3", arm) for arm in FIGURE3}
+def same_seeds(results: Results, study: str) -> dict[str, list[dict]]:
+    """The lines of each arm, of the seeds that all arms have: a mean beside single seeds would not be even."""
+    found = {arm: results.of(study, arm) for arm in STUDIES[study]}
     seeds = [{row["seed"] for row in rows} for rows in found.values() if rows]
     common = set.intersection(*seeds) if seeds else set()
     return {arm: [row for row in rows if row["seed"] in common] for arm, rows in found.items()}
 
 
+def length_part(results: Results) -> str:
+    starts = [run_for("length", arm, 1, 0, results.toy).cfg.block_size for arm in ("mha_512", "mha_2048")]
+    bins = [b for b in (1 << i for i in range(20)) if starts[0] // 8 <= b < starts[1]]
+    body = []
+    for arm, rows in same_seeds(results, "length").items():
+        by = [dict(row["by_position"]) for row in rows if not untrained(row)]
+        cells = [spread([d[b] for d in by], 4) if by and b in by[0] else "–" for b in bins]
+        body.append([LENGTH[arm].name, outcome(rows, "val_loss", 4), *cells])
+    return table(["loss, nats per token", "all positions", *(f"{b} to {2 * b - 1}" for b in bins)], body)
+
+
 def scaling(results: Results) -> dict[str, list[tuple[float, float]]]:
     """Figure 3's points of each attention, dense: (N D, mean loss)."""
     points = {attn: [] for attn, _ in SCALED}
-    for arm, made_of in same_seeds(results).items():
+    for arm, made_of in same_seeds(results, "figure3").items():
         attn, _, size = arm.rpartition("_")
-        rows = [row for row in made_of if not row["diverged"]]
+        rows = [row for row in made_of if not untrained(row)]
         if rows and size != "moe":
             loss = statistics.mean(row["val_loss"] for row in rows)
             points[attn].append((rows[0]["params"] * rows[0]["tokens"], loss))
@@ -248,7 +249,7 @@ def power_law(points: list[tuple[float, float]]) -> tuple[float, float, float]:
 
 def figure3_part(results: Results) -> str:
     body = []
-    for arm, rows in same_seeds(results).items():
+    for arm, rows in same_seeds(results, "figure3").items():
         run = run_for("figure3", arm, 1, 0, results.toy)
         params, kept, share = on_paper(run)
         tokens = run.max_iters * run.batch_size * run.cfg.block_size
@@ -268,7 +269,7 @@ def figure3_part(results: Results) -> str:
 
 
 def context_gains(results: Results) -> list[tuple[str, float, float]]:
-    """(attention, gain, perplexity) of every 30M run at a context of 512, less those at a ruinous learning rate.
+    """(attention, gain, perplexity) of every 30M run at a context of 512, less hybrids and those at a ruinous learning rate.
 
     gain: how much lower the loss is at positions 256 to 511 than at 32 to 63, in nats.
     """
@@ -277,7 +278,7 @@ def context_gains(results: Results) -> list[tuple[str, float, float]]:
     early, late = cfg.block_size // 16, cfg.block_size // 2
     for run, row in results.done.items():
         like = (run.cfg.dim, run.cfg.block_size) == (cfg.dim, cfg.block_size) and not run.cfg.n_expert
-        if like and not row["diverged"] and run.lr < BEYOND * middle.lr:
+        if like and not untrained(row) and run.build not in HYBRIDS and run.lr < BEYOND * middle.lr:
             by = dict(row["by_position"])
             found.append((run.cfg.attn, by[early] - by[late], row["ppl"]))
     return found
@@ -340,7 +341,7 @@ def figure1(results: Results) -> Figure | None:
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     ax, drawn = figure.subplots(), Counter()  # arms so far, by color and by cache
     for arm, a in FIGURE1.items():
-        ppl = [row["ppl"] for row in results.finite("figure1", arm)]
+        ppl = [row["ppl"] for row in results.trained("figure1", arm)]
         if ppl:
             color, _ = STYLE[a.model["attn"]]
             kept = on_paper(run_for("figure1", arm, 1, 0, results.toy))[1]
@@ -403,9 +404,9 @@ def length(results: Results) -> Figure | None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = {}  # (attention, context) -> {first position of a bin: mean loss over the seeds}
-    for arm in LENGTH:
+    for arm, made_of in same_seeds(results, "length").items():
         attn, _, context = arm.rpartition("_")
-        rows = results.finite("length", arm)
+        rows = [row for row in made_of if not untrained(row)]
         means = np.mean([[loss for _, loss in row["by_position"]] for row in rows], axis=0) if rows else []
         losses[attn, context] = {p: loss for (p, _), loss in zip(rows[0]["by_position"], means, strict=True)} if rows else {}
     if not any(losses.values()):

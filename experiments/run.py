@@ -12,6 +12,7 @@ prepare_data.py can take its place.
 """
 
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -130,6 +131,7 @@ def as_graph(step: Callable[[], None]) -> Callable[[], None]:
             torch.cuda.current_stream().wait_stream(side)
             return
         if n == COMPILING:
+            gc.collect()  # an earlier run's compiled code: unloaded during the capture, it would spoil it
             with torch.cuda.graph(graph):
                 step()
         graph.replay()

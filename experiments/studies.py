@@ -285,6 +285,12 @@ def build(run: Run) -> GPT:
     return model
 
 
+def untrained(row: dict) -> bool:
+    """Of a line of the results: is the loss no longer finite, or at the end no lower than after an eighth of the steps?"""
+    curve = [loss for _, loss in row["curve"]]
+    return row["diverged"] or len(curve) > 1 and curve[-1] >= curve[0]
+
+
 def cache_of(model: GPT) -> int:
     """Bytes of cache that a token leaves in all layers at 16 bit, the hybrids' too."""
     return 2 * sum(heads * width for block in model.blocks for heads, width in block.attn.kept)

@@ -309,8 +309,8 @@ plt.show()
 rows = studies.read_results(studies.RESULTS)
 results = Results(rows)  # by run; those on another text are left out
 if rows:
-    diverged = sum(row["diverged"] for row in results.done.values())
-    print(f"{len(results.done)} runs on books, {diverged} of them diverged; {len(rows) - len(results.done)} on other texts")
+    lost = sum(map(studies.untrained, results.done.values()))  # not finite, or no better at the end than early on
+    print(f"{len(results.done)} runs on books, {lost} of which did not train; {len(rows) - len(results.done)} on other texts")
 else:
     print("experiments/results/study.jsonl is not there yet, so the cells below show the paper's figures alone.")
     print("To make it: python experiments/run.py --study figure1 (a GPU; many hours on a CPU)")
@@ -319,7 +319,7 @@ else:
 # First check what the file claims: count the parameters and the cache of every run of Figure 1 again, from its config.
 
 # %%
-figure1 = {arm: found for arm in studies.FIGURE1 if (found := results.finite("figure1", arm))}
+figure1 = {arm: found for arm in studies.FIGURE1 if (found := results.trained("figure1", arm))}
 seeds = " to ".join(str(n) for n in sorted({f(map(len, figure1.values()), default=0) for f in (min, max)}))
 count = sum(map(len, figure1.values()))
 print(f"Figure 1: {len(figure1)} of {len(studies.FIGURE1)} arms, {count} runs at the best rate tried so far")

@@ -97,7 +97,7 @@ def test_deepseek_init():
 def row(task: studies.Task, loss: float | None) -> dict:
     """A line of results as the queue reads it. Its loss is none that was measured."""
     text = dict(dataset=f"pg-books-bpe{studies.VOCAB}", seconds=60, device="x", jobs=1, params=1, tokens=1, by_position=[])
-    known = dict(val_loss=loss, ppl=loss and math.exp(loss), bpb=loss, diverged=loss is None)
+    known = dict(val_loss=loss, ppl=loss and math.exp(loss), bpb=loss, diverged=loss is None, curve=[])
     return {"study": task.study, "arm": task.arm, **studies.row_of(task.run), **text, **known}
 
 
@@ -370,8 +370,19 @@ def test_order_names_the_pairs_that_differ():
         == f"Order: 2 of 3 pairs as in the paper. The other way round here: MHA ({math.exp(3.7):.2f}) below MFA ({math.exp(3.8):.2f})."
     )
     table = plot.main_table(plot.Results(rows), "table4")
-    assert "1 of 1 diverged" in table and table.count("not made") == 2
+    assert "1 of 1 did not train" in table and table.count("not made") == 2
     assert plot.against(plot.Results(rows), "table4", "mfa", "mha")[3:] == ["-0.1000", "in 0 of 1 seeds"]
+
+
+def test_a_run_that_did_not_train_is_counted_and_not_averaged():
+    def rows(*ends):
+        tasks = [studies.Task("why", "mha_16", run_for("why", "mha_16", 1, seed)) for seed in range(len(ends))]
+        return [row(task, end) | dict(curve=[[500, 4.7], [4000, end]]) for task, end in zip(tasks, ends, strict=True)]
+
+    results = plot.Results(rows(3.7, 4.7, 3.9))
+    assert plot.outcome(results.of("why", "mha_16"), "val_loss") == "3.80 ± 0.14, 1 of 3 did not train"
+    assert [found["val_loss"] for found in results.trained("why", "mha_16")] == [3.7, 3.9]
+    assert plot.outcome(rows(5.0)) == "1 of 1 did not train"
 
 
 def test_power_law():
