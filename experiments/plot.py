@@ -209,11 +209,14 @@ def question_b_part(results: Results) -> str:
 
 
 def same_seeds(results: Results, study: str) -> dict[str, list[dict]]:
-    """The lines of each arm, of the seeds that all arms have: a mean beside single seeds would not be even."""
+    """The lines of each arm, of the seeds that all arms of its size have: a mean beside single seeds would not be even."""
     found = {arm: results.of(study, arm) for arm in STUDIES[study]}
-    seeds = [{row["seed"] for row in rows} for rows in found.values() if rows]
-    common = set.intersection(*seeds) if seeds else set()
-    return {arm: [row for row in rows if row["seed"] in common] for arm, rows in found.items()}
+    common = {}
+    for arm, rows in found.items():
+        if rows:
+            size, seeds = STUDIES[study][arm].size, {row["seed"] for row in rows}
+            common[size] = common.get(size, seeds) & seeds
+    return {arm: [row for row in rows if row["seed"] in common[STUDIES[study][arm].size]] for arm, rows in found.items()}
 
 
 def length_part(results: Results) -> str:

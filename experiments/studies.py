@@ -174,6 +174,7 @@ ROTATED = ("pre", "post", "inverse")
 REST = ("table3", "table6", "table5", "length", "figure3")
 LARGE = tuple(arm for arm in FIGURE3 if FIGURE3[arm].size == "60M")  # four times as long as the others
 SMALLER = tuple(arm for arm in FIGURE3 if arm not in LARGE)
+QUICK = tuple(arm for arm in SMALLER if FIGURE3[arm].size != "MoE")  # experts are not compiled, and take three times as long
 QUEUE = [
     ("figure1", CORE, (1,), (0,)),
     ("figure1", CORE, GRID, (0,)),
@@ -195,7 +196,8 @@ QUEUE = [
     ("question_b", QUESTION_B, (1,), (0,)),
     ("question_a", ("none",), (1,), (0,)),
     ("question_b", tuple(arm for arm in QUESTION_B if arm.endswith(("scaled", "plain"))), (1,), (1, 2)),
-    *((study, STUDIES[study], (1,), (1, 2)) for study in REST),
+    *((study, STUDIES[study], (1,), (1, 2)) for study in REST[:-1]),
+    ("figure3", QUICK, (1,), (1, 2)),
 ]
 
 
