@@ -474,11 +474,10 @@ def table(results: dict) -> str:
         for flags, rows in results["seeds"]["recipes"].items():
             for row in rows:
                 best[row["attn"], flags, row["device"]].append(row["best"])
+        best = {key: losses for key, losses in best.items() if len(losses) > 1}  # one is no mean; README has those in words
         lines += ["Best validation loss of the baby preset with these flags:", ""]
         lines += ["| | cache, of MHA's | flags | GPU | seeds | best, mean | standard deviation |", "|---" * 7 + "|"]
         for (attn, flags, device), losses in sorted(best.items(), key=lambda item: item[0][0]):
-            if len(losses) < 2:  # no mean; the README says in words what single runs showed
-                continue
             cfg = preset("baby", attn)
             share = cache_bytes(cfg) / cache_bytes(mha_of(cfg))
             spread = f"{statistics.stdev(losses):.4f}"

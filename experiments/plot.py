@@ -50,6 +50,7 @@ from train import cache_bytes, mha_of, write_atomically
 GRIDDED = {study for study, _, rates, _ in QUEUE if rates == BEST}
 ATTENTIONS = (("mha", "MHA"), ("mfa", "MFA"), ("mfa_kr", "MFA-KR"))
 SCALED = (*ATTENTIONS, ("mfa_half", "MFA, query rank dim/2"))
+T95 = {2: 4.303, 3: 3.182, 4: 2.776}  # Student's t of a two-sided 95% interval, by degrees of freedom
 STYLE = {"mha": ("black", "o"), "gqa": ("tab:gray", "s"), "mqa": ("tab:brown", "v"), "mla": ("tab:blue", "D"),
          "mfa": ("tab:red", "*"), "mfa_kr": ("tab:orange", "P"), "mfa_half": ("tab:pink", "X")}  # fmt: skip
 
@@ -93,6 +94,19 @@ def outcome(rows: list[dict], what: str = "ppl", digits: int = 2) -> str:
     return ", ".join(filter(None, [spread(trained, digits) if trained else "", lost]))
 
 
+def difference(ours: list[float], theirs: list[float]) -> tuple[float, float | None]:
+    """Mean of theirs less mean of ours, and half its 95% interval, None for single runs.
+
+    Student's t with one variance for both. Not paired by seed: over our arms the losses of equal seeds do not go together.
+    """
+    n, m = len(ours), len(theirs)
+    d = statistics.mean(theirs) - statistics.mean(ours)
+    if min(n, m) < 2:
+        return d, None
+    pooled = ((n - 1) * statistics.variance(ours) + (m - 1) * statistics.variance(theirs)) / (n + m - 2)
+    return d, T95[n + m - 2] * math.sqrt(pooled * (1 / n + 1 / m))
+
+
 def table(head: list[str], body: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -112,6 +126,8 @@ def main_table(results: Results, study: str) -> str:
         rows = results.of(study, arm)
         params, kept, share = on_paper(run_for(study, arm, 1, 0, results.toy))
         lr = f"{rows[0]['lr']:.2g}" if rows else "–"
+        tried = sum(run_for(study, arm, times, 0, results.toy) in results.done for times in GRID)
+        lr += f", of {tried} tried" if rows and study in GRIDDED and tried < len(GRID) else ""
         counts = [f"{kept:,}", f"{share:.2%}", f"{params / 1e6:.2f}M", lr, str(len(rows))]
         body.append([a.name, *counts, outcome(rows), outcome(rows, "bpb", 4) if rows else "–", a.paper or "–"])
     head = ["", "cache, bytes per token", "of MHA's", "parameters", "peak lr", "seeds", "perplexity", "bits per byte", "paper"]
@@ -132,14 +148,16 @@ def order(results: Results, study: str) -> str:
 
 
 def against(results: Results, study: str, one: str, other: str) -> list[str]:
-    """A line of the table of differences: loss of other less that of one, seed by seed, each at its best learning rate."""
+    """A line of the table of differences: loss of other less that of one, each at its best learning rate."""
     arms = STUDIES[study]
     a, b = ({row["seed"]: row["val_loss"] for row in results.trained(study, arm)} for arm in (one, other))
-    seeds = sorted(a.keys() & b.keys())
-    d = [b[seed] - a[seed] for seed in seeds]
-    verdict = f"in {sum(x > 0 for x in d)} of {len(d)} seeds" if d else "not made"
-    share = on_paper(run_for(study, other, 1, 0, results.toy))[2]
-    return [arms[one].name, arms[other].name, f"{share:.2%}", spread(d, 4) if d else "–", verdict]
+    share, text, verdict = on_paper(run_for(study, other, 1, 0, results.toy))[2], "–", "not made"
+    if a and b:
+        d, half = difference([*a.values()], [*b.values()])
+        text = f"{d:.4f}" + (f" ± {half:.4f}" if half is not None else "")
+        seeds = a.keys() & b.keys()
+        verdict = f"in {sum(b[seed] > a[seed] for seed in seeds)} of {len(seeds)} seeds"
+    return [arms[one].name, arms[other].name, f"{share:.2%}", text, verdict]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +179,7 @@ def figure1_part(results: Results) -> str:
     others = [arm for arm in FIGURE1 if not arm.startswith("mfa")]
     pairs = [("mfa", arm) for arm in (*others, "mfa_kr")] + [("mfa_half", arm) for arm in (*others, "mfa")]
     pairs += [("mfa_2d", arm) for arm in ("mha", "gqa2", "mfa", "mfa_kr_2d")] + [("mfa_kr_half", "mfa_kr")]
-    head = ["", "against", "whose cache is", "its loss less ours, nats", "ours is lower"]
+    head = ["", "against", "whose cache is", "its loss less ours, nats (95%)", "ours is lower"]
     claims = table(head, [against(results, "figure1", *pair) for pair in pairs])
     return "\n\n".join([main_table(results, "figure1"), order(results, "figure1"), claims])
 
@@ -171,10 +189,11 @@ def grid_part(results: Results) -> str:
     arms = [("figure1", arm) for arm in FIGURE1] + [("table4", arm) for arm in ("vanilla", "proj", "residual")]
     for study, arm in arms:
         lowest, cells = best(study, arm, results.done, results.toy), []
+        known = all(run_for(study, arm, times, 0, results.toy) in results.done for times in GRID)
         for times in (*GRID, BEYOND):
             rows = [row for row in results.of(study, arm, times) if row["seed"] == 0]
             text = "–" if times == BEYOND and not rows else outcome(rows)
-            cells.append(f"**{text}**" if rows and times == lowest else text)
+            cells.append(f"**{text}**" if rows and times == lowest and known else text)
         body.append([STUDIES[study][arm].name, *cells])
     rates = [f"{run_for('figure1', 'mha', times, 0, results.toy).lr:.2g}" for times in (*GRID, BEYOND)]
     return table(["perplexity at seed 0, peak lr", *rates], body)
@@ -209,8 +228,8 @@ def question_b_part(results: Results) -> str:
 
 
 def same_seeds(results: Results, study: str) -> dict[str, list[dict]]:
-    """The lines of each arm, of the seeds that all arms of its size have: a mean beside single seeds would not be even."""
-    found = {arm: results.of(study, arm) for arm in STUDIES[study]}
+    """The trained lines of each arm, of seeds that all arms of its size have: a mean beside one seed would not be even."""
+    found = {arm: results.trained(study, arm) for arm in STUDIES[study]}
     common = {}
     for arm, rows in found.items():
         if rows:
@@ -224,7 +243,7 @@ def length_part(results: Results) -> str:
     bins = [b for b in (1 << i for i in range(20)) if starts[0] // 8 <= b < starts[1]]
     body = []
     for arm, rows in same_seeds(results, "length").items():
-        by = [dict(row["by_position"]) for row in rows if not untrained(row)]
+        by = [dict(row["by_position"]) for row in rows]
         cells = [spread([d[b] for d in by], 4) if by and b in by[0] else "–" for b in bins]
         body.append([LENGTH[arm].name, outcome(rows, "val_loss", 4), *cells])
     return table(["loss, nats per token", "all positions", *(f"{b} to {2 * b - 1}" for b in bins)], body)
@@ -233,9 +252,8 @@ def length_part(results: Results) -> str:
 def scaling(results: Results) -> dict[str, list[tuple[float, float]]]:
     """Figure 3's points of each attention, dense: (N D, mean loss)."""
     points = {attn: [] for attn, _ in SCALED}
-    for arm, made_of in same_seeds(results, "figure3").items():
+    for arm, rows in same_seeds(results, "figure3").items():
         attn, _, size = arm.rpartition("_")
-        rows = [row for row in made_of if not untrained(row)]
         if rows and size != "moe":
             loss = statistics.mean(row["val_loss"] for row in rows)
             points[attn].append((rows[0]["params"] * rows[0]["tokens"], loss))
@@ -407,9 +425,8 @@ def length(results: Results) -> Figure | None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = {}  # (attention, context) -> {first position of a bin: mean loss over the seeds}
-    for arm, made_of in same_seeds(results, "length").items():
+    for arm, rows in same_seeds(results, "length").items():
         attn, _, context = arm.rpartition("_")
-        rows = [row for row in made_of if not untrained(row)]
         means = np.mean([[loss for _, loss in row["by_position"]] for row in rows], axis=0) if rows else []
         losses[attn, context] = {p: loss for (p, _), loss in zip(rows[0]["by_position"], means, strict=True)} if rows else {}
     if not any(losses.values()):

@@ -288,7 +288,7 @@ def build(run: Run) -> GPT:
 
 
 def untrained(row: dict) -> bool:
-    """Of a line of the results: is the loss no longer finite, or at the end no lower than after an eighth of the steps?"""
+    """Of a line of the results: is the loss no longer finite, or at the end no lower than at the first evaluation?"""
     curve = [loss for _, loss in row["curve"]]
     return row["diverged"] or len(curve) > 1 and curve[-1] >= curve[0]
 

@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 import studies
 import torch
 from nb import COLOR, MARKER, NAME, check
-from plot import Results, outcome
+from plot import Results, difference, outcome
 
 from mfa import ATTENTION, Config, preset
 from train import cache_bytes, count_params, match_params
@@ -366,18 +366,18 @@ plt.show()
 # Lower and further left is better. The hollow points are not the paper's: their $S_q$ has $H/2$ columns instead of $C$. Do not
 # compare heights between the panels: the text, the tokenizer, the size and the length of training all differ. What can be
 # compared is the **order**, and the differences in nats, $\ln(\text{ppl}_1 / \text{ppl}_2)$. So take MFA at 12.5% as the
-# reference and ask of every other arm: is it above MFA, in every seed? The interval is Student's 95% interval of the mean
-# difference, seed by seed. With three seeds it is wide ($4.3$ standard errors), and that is the honest width. "Above" or
-# "below" is said only where the interval leaves zero out.
+# reference and ask of every other arm: is it above MFA? The interval is Student's 95% interval of the difference of two means.
+# With three seeds each it is wide ($2.8$ standard errors), and that is the honest width. Comparing seed by seed would help
+# only if a seed that is good for one attention were good for the other; here they do not go together, so an interval from three
+# paired differences is narrow or wide by luck. "Above" or "below" is said only where the interval leaves zero out.
 
 # %%
-T95 = {2: 12.71, 3: 4.30}  # Student's t for a two-sided 95% interval of a mean, by the number of values
-base = {row["seed"]: row["val_loss"] for row in figure1.get("mfa", [])}
+base = [row["val_loss"] for row in figure1.get("mfa", [])]
 paper = {arm: float(spec.paper) for arm, spec in studies.FIGURE1.items() if spec.paper}
 for arm, found in sorted(figure1.items(), key=lambda item: statistics.mean(row["ppl"] for row in item[1])):
-    gaps, verdict = [row["val_loss"] - base[row["seed"]] for row in found if row["seed"] in base], "one seed"
-    if len(gaps) > 1:
-        gap, half = statistics.mean(gaps), T95[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    gap, half = difference(base, [row["val_loss"] for row in found]) if base else (0, None)
+    verdict = "one seed"
+    if half is not None:
         verdict = f"{gap:+.4f} ± {half:.4f}, " + ("above" if gap > half else "below" if gap < -half else "cannot tell")
     theirs = f"   (paper {math.log(paper[arm] / paper['mfa']):+.4f})" if arm in paper else ""
     line = f"{studies.FIGURE1[arm].name:27} {found[0]['cache_share']:7.2%}  ppl {outcome(found):13}"

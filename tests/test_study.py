@@ -385,6 +385,23 @@ def test_a_run_that_did_not_train_is_counted_and_not_averaged():
     assert plot.outcome(rows(5.0)) == "1 of 1 did not train"
 
 
+def test_a_difference_of_means_has_students_interval():
+    d, half = plot.difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
+    assert d == 1 and half == pytest.approx(2.776 * math.sqrt(2 / 3))  # equal variances of 1, 4 degrees of freedom
+    assert plot.difference([1.0], [2.0, 3.0, 4.0]) == (2.0, None)
+
+
+def test_a_size_is_compared_at_the_seeds_that_all_its_attentions_have_trained():
+    def line(arm, seed, end):
+        return row(studies.Task("figure3", arm, run_for("figure3", arm, 1, seed)), end) | dict(curve=[[1, 4.7], [2, end]])
+
+    rows = [line(arm, seed, 3.7) for arm in ("mha_2m", "mfa_2m", "mha_7m") for seed in (0, 1)]
+    rows += [line("mfa_kr_2m", 0, 3.8), line("mfa_kr_2m", 1, 4.8)]  # the second did not train
+    seeds = {arm: [found["seed"] for found in lines] for arm, lines in plot.same_seeds(plot.Results(rows), "figure3").items()}
+    assert seeds["mha_2m"] == seeds["mfa_2m"] == seeds["mfa_kr_2m"] == [0]
+    assert seeds["mha_7m"] == [0, 1] and seeds["mha_60m"] == []
+
+
 def test_power_law():
     a, b, rms = plot.power_law([(x, 20 * x**-0.05) for x in (1e12, 1e13, 1e15)])
     assert (a, b) == (pytest.approx(20), pytest.approx(0.05)) and rms < 1e-9
