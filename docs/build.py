@@ -142,7 +142,7 @@ def perplexity(folder: Path) -> str:
     if mha and mfa and (len(found) < len(planned) or few):
         at, lower = f"MFA at {100 * mfa.share:.3g}% of its cache", statistics.mean(mha.ppl) < statistics.mean(mfa.ppl)
         ahead, how = (f"on average MHA is ahead of {at}", "unlike") if lower else (f"on average MHA is behind {at}", "as")
-        so_far = f"{len(found)} of {len(planned)} models so far" + (", not all with three seeds" if few else "")
+        so_far = f"{len(found)} of {len(planned)} models so far" + (", not all with three rates and seeds" if few else "")
         note = f"{so_far}: {ahead}, {how} in the paper. {note}"
     if any(arm.rows[0]["config"]["q_rank"] for arm in found):
         note += " A query rank of dim/2 is ours; the paper's is C."
