@@ -429,8 +429,8 @@ def steps(args: Bench) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def table(results: dict) -> str:
-    """What was measured so far, as Markdown."""
+def table(results: dict, least_seeds: int = 1) -> str:
+    """What was measured so far, as Markdown. Of part seeds, the recipes with that many seeds."""
 
     def reached(row: dict) -> str:
         """Seconds to the target."""
@@ -474,13 +474,14 @@ def table(results: dict) -> str:
         for flags, rows in results["seeds"]["recipes"].items():
             for row in rows:
                 best[row["attn"], flags, row["device"]].append(row["best"])
-        best = {key: losses for key, losses in best.items() if len(losses) > 1}  # one is no mean; README has those in words
         lines += ["Best validation loss of the baby preset with these flags:", ""]
         lines += ["| | cache, of MHA's | flags | GPU | seeds | best, mean | standard deviation |", "|---" * 7 + "|"]
         for (attn, flags, device), losses in sorted(best.items(), key=lambda item: item[0][0]):
+            if len(losses) < least_seeds:
+                continue
             cfg = preset("baby", attn)
             share = cache_bytes(cfg) / cache_bytes(mha_of(cfg))
-            spread = f"{statistics.stdev(losses):.4f}"
+            spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
             cells = [attn, f"{share:.2%}", f"`{flags}`" if flags else "none", device, str(len(losses))]
             lines.append(f"| {' | '.join(cells)} | {statistics.mean(losses):.4f} | {spread} |")
         lines.append("")

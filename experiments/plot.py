@@ -41,6 +41,7 @@ from studies import (
     queue,
     read_results,
     run_for,
+    tried,
     untrained,
 )
 
@@ -126,8 +127,8 @@ def main_table(results: Results, study: str) -> str:
         rows = results.of(study, arm)
         params, kept, share = on_paper(run_for(study, arm, 1, 0, results.toy))
         lr = f"{rows[0]['lr']:.2g}" if rows else "–"
-        tried = sum(run_for(study, arm, times, 0, results.toy) in results.done for times in GRID)
-        lr += f", of {tried} tried" if rows and study in GRIDDED and tried < len(GRID) else ""
+        rates = len(tried(study, arm, results.done, results.toy))
+        lr += f", of {rates} tried" if rows and study in GRIDDED and rates < len(GRID) else ""
         counts = [f"{kept:,}", f"{share:.2%}", f"{params / 1e6:.2f}M", lr, str(len(rows))]
         body.append([a.name, *counts, outcome(rows), outcome(rows, "bpb", 4) if rows else "–", a.paper or "–"])
     head = ["", "cache, bytes per token", "of MHA's", "parameters", "peak lr", "seeds", "perplexity", "bits per byte", "paper"]
@@ -188,12 +189,12 @@ def grid_part(results: Results) -> str:
     body = []
     arms = [("figure1", arm) for arm in FIGURE1] + [("table4", arm) for arm in ("vanilla", "proj", "residual")]
     for study, arm in arms:
-        lowest, cells = best(study, arm, results.done, results.toy), []
-        known = all(run_for(study, arm, times, 0, results.toy) in results.done for times in GRID)
+        whole = len(tried(study, arm, results.done, results.toy)) == len(GRID)
+        lowest, cells = best(study, arm, results.done, results.toy) if whole else None, []
         for times in (*GRID, BEYOND):
             rows = [row for row in results.of(study, arm, times) if row["seed"] == 0]
             text = "–" if times == BEYOND and not rows else outcome(rows)
-            cells.append(f"**{text}**" if rows and times == lowest and known else text)
+            cells.append(f"**{text}**" if rows and times == lowest else text)
         body.append([STUDIES[study][arm].name, *cells])
     rates = [f"{run_for('figure1', 'mha', times, 0, results.toy).lr:.2g}" for times in (*GRID, BEYOND)]
     return table(["perplexity at seed 0, peak lr", *rates], body)
@@ -229,13 +230,13 @@ def question_b_part(results: Results) -> str:
 
 def same_seeds(results: Results, study: str) -> dict[str, list[dict]]:
     """The trained lines of each arm, of seeds that all arms of its size have: a mean beside one seed would not be even."""
-    found = {arm: results.trained(study, arm) for arm in STUDIES[study]}
-    common = {}
+    arms, common = STUDIES[study], {}
+    found = {arm: results.trained(study, arm) for arm in arms}
     for arm, rows in found.items():
         if rows:
-            size, seeds = STUDIES[study][arm].size, {row["seed"] for row in rows}
-            common[size] = common.get(size, seeds) & seeds
-    return {arm: [row for row in rows if row["seed"] in common[STUDIES[study][arm].size]] for arm, rows in found.items()}
+            seeds = {row["seed"] for row in rows}
+            common[arms[arm].size] = common.get(arms[arm].size, seeds) & seeds
+    return {arm: [row for row in rows if row["seed"] in common[arms[arm].size]] for arm, rows in found.items()}
 
 
 def length_part(results: Results) -> str:
@@ -245,7 +246,7 @@ def length_part(results: Results) -> str:
     for arm, rows in same_seeds(results, "length").items():
         by = [dict(row["by_position"]) for row in rows]
         cells = [spread([d[b] for d in by], 4) if by and b in by[0] else "–" for b in bins]
-        body.append([LENGTH[arm].name, outcome(rows, "val_loss", 4), *cells])
+        body.append([LENGTH[arm].name, outcome(rows or results.of("length", arm), "val_loss", 4), *cells])
     return table(["loss, nats per token", "all positions", *(f"{b} to {2 * b - 1}" for b in bins)], body)
 
 
@@ -275,7 +276,7 @@ def figure3_part(results: Results) -> str:
         params, kept, share = on_paper(run)
         tokens = run.max_iters * run.batch_size * run.cfg.block_size
         counts = [f"{params / 1e6:.2f}M", f"{tokens / 1e6:.1f}M", f"{kept:,}", f"{share:.2%}"]
-        body.append([FIGURE3[arm].name, *counts, outcome(rows, "val_loss", 4)])
+        body.append([FIGURE3[arm].name, *counts, outcome(rows or results.of("figure3", arm), "val_loss", 4)])
     head = ["", "parameters N", "tokens D", "cache, bytes per token", "of MHA's", "loss, nats per token"]
     lines, found = [], scaling(results)
     for attn, name in SCALED:

@@ -171,7 +171,7 @@ STUDIES = dict(figure1=FIGURE1, table4=TABLE4, question_a=QUESTION_A, question_b
 # seeds at the best of the three; then one seed of Table 4, question A and the smaller studies, then the rates and seeds that
 # are left, in order of importance. (study, arms, learning rates, seeds)
 ROTATED = ("pre", "post", "inverse")
-REST = ("table3", "table6", "table5", "length", "figure3")
+REST = ("table3", "table6", "table5", "length")
 LARGE = tuple(arm for arm in FIGURE3 if FIGURE3[arm].size == "60M")  # four times as long as the others
 SMALLER = tuple(arm for arm in FIGURE3 if arm not in LARGE)
 QUICK = tuple(arm for arm in SMALLER if FIGURE3[arm].size != "MoE")  # experts are not compiled, and take three times as long
@@ -182,7 +182,7 @@ QUEUE = [
     ("figure1", CORE, BEST, (1, 2)),
     ("table4", TABLE4, (1,), (0,)),
     ("question_a", ROTATED, (1,), (0,)),
-    *((study, STUDIES[study], (1,), (0,)) for study in REST[:-1]),
+    *((study, STUDIES[study], (1,), (0,)) for study in REST),
     ("figure3", SMALLER, (1,), (0,)),
     ("why", ("mha_16", "gqa4_16", "gqa2_16", "mqa_16"), (1,), (0,)),
     ("table4", TABLE4, GRID, (0,)),
@@ -196,7 +196,7 @@ QUEUE = [
     ("question_b", QUESTION_B, (1,), (0,)),
     ("question_a", ("none",), (1,), (0,)),
     ("question_b", tuple(arm for arm in QUESTION_B if arm.endswith(("scaled", "plain"))), (1,), (1, 2)),
-    *((study, STUDIES[study], (1,), (1, 2)) for study in REST[:-1]),
+    *((study, STUDIES[study], (1,), (1, 2)) for study in REST),
     ("figure3", QUICK, (1,), (1, 2)),
 ]
 
@@ -242,10 +242,14 @@ def run_for(study: str, arm: str, times: float | None, seed: int, toy: bool = Fa
     return Run(cfg, STUDIES[study][arm].build, batch_size, max_iters, seed, times and round(times * lr, 6))
 
 
+def tried(study: str, arm: str, done: dict[Run, dict], toy: bool = False) -> dict[float, float | None]:
+    """The loss of seed 0 at each member of GRID that was made; None where it diverged."""
+    return {times: done[run]["val_loss"] for times in GRID if (run := run_for(study, arm, times, 0, toy)) in done}
+
+
 def best(study: str, arm: str, done: dict[Run, dict], toy: bool = False) -> float | None:
     """The member of GRID at which seed 0 has the lowest loss, among those trained; None if none was."""
-    losses = {times: done[run]["val_loss"] for times in GRID if (run := run_for(study, arm, times, 0, toy)) in done}
-    finite = {times: loss for times, loss in losses.items() if loss is not None}
+    finite = {times: loss for times, loss in tried(study, arm, done, toy).items() if loss is not None}
     return min(finite, key=finite.get, default=None)
 
 
@@ -259,7 +263,7 @@ def queue(done: dict[Run, dict], study: str = "all", toy: bool = False) -> Itera
             for arm in arms:
                 for times in (BEST,) if rates == BEST else rates:
                     if times == BEST:
-                        known = all(run_for(name, arm, t, 0, toy) in done for t in GRID)
+                        known = len(tried(name, arm, done, toy)) == len(GRID)
                         times = best(name, arm, done, toy) if known else None
                         if known and times is None:  # all three diverged
                             continue

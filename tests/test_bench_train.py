@@ -29,4 +29,6 @@ def test_seeds_keep_every_recipe_and_every_seed(tmp_path, monkeypatch):
     ]
     table = bench_train.table(read_json(path))
     assert "| mfa | 12.50% | none | a card | 3 | 1.5020 | 0.0010 |" in table
-    assert "--max_iters 9" not in table  # one seed is no mean
+    assert "| mfa_kr | 6.25% | `--max_iters 9` | a card | 1 | 1.6010 |  |" in table
+    assert "| mfa_kr | 6.25% | none | a card | 3 | 1.6020 | 0.0010 |" in table
+    assert "--max_iters 9" not in bench_train.table(read_json(path), least_seeds=2)

@@ -15,7 +15,7 @@ import run
 import studies
 import torch
 from runs import ROOT, command
-from studies import CORE, FIGURE1, GRID, STUDIES, Run, best, made, queue, read_results, run_for, run_of
+from studies import CORE, FIGURE1, FIGURE3, GRID, STUDIES, Run, best, made, queue, read_results, run_for, run_of
 from torch import nn
 
 from mfa import Config
@@ -400,6 +400,8 @@ def test_a_size_is_compared_at_the_seeds_that_all_its_attentions_have_trained():
     seeds = {arm: [found["seed"] for found in lines] for arm, lines in plot.same_seeds(plot.Results(rows), "figure3").items()}
     assert seeds["mha_2m"] == seeds["mfa_2m"] == seeds["mfa_kr_2m"] == [0]
     assert seeds["mha_7m"] == [0, 1] and seeds["mha_60m"] == []
+    table = plot.figure3_part(plot.Results([*rows, line("mfa_7m", 0, 4.8)]))
+    assert "| 1 of 1 did not train |" in table and table.count("not made") == len(FIGURE3) - 5
 
 
 def test_power_law():
