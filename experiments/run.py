@@ -120,7 +120,7 @@ def compiled_loss(model: GPT, dtype: torch.dtype, how: str) -> Callable[[Tensor]
 
 def as_graph(step: Callable[[], None]) -> Callable[[], None]:
     """step on a GPU, from its fourth call on as one CUDA graph: a small model's kernels take longer to launch than to run."""
-    graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
+    graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()  # the stream is of this device
 
     def call() -> None:
         n = next(calls)
@@ -132,7 +132,7 @@ def as_graph(step: Callable[[], None]) -> Callable[[], None]:
             return
         if n == COMPILING:
             gc.collect()  # an earlier run's compiled code: unloaded during the capture, it would spoil it
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 step()
         graph.replay()
 
@@ -175,7 +175,7 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     fixed = cfg.n_expert == 0  # an expert's share is known only as it runs
     loss_of = compiled_loss(model, dtype, compile if fixed else "no")
     tokens = torch.zeros(args.batch_size, T + 1, dtype=torch.long, device=device)
-    lr = torch.zeros((), device=device)
+    lr, found = torch.zeros((), device=device), torch.zeros(2, device=device)
     for group in optimizer.param_groups:
         group |= dict(lr=lr, capturable=device.type == "cuda")
 
@@ -185,11 +185,15 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     def eagerly():  # for evaluation: a compilation for that alone would not pay
         return torch.compiler.set_stance("force_eager")
 
-    def one_step() -> None:
+    def gradients() -> Tensor:  # and the loss and their norm: (2,)
         with autocast():
             loss = loss_of(tokens)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        return torch.stack((loss.detach(), norm))
+
+    def one_step() -> None:
+        found.copy_(gradients())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -203,9 +207,16 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
                 waited = time.perf_counter() - asked
             lr.fill_(learning_rate(step, args))
             tokens.copy_(window(train_ids, batch_starts(args, step, len(train_ids)), T + 1, device))  # (B, T + 1)
-            take_step()
             step += 1
-            if step % math.ceil(args.max_iters / POINTS) == 0 or step == args.max_iters:
+            look = step % math.ceil(args.max_iters / POINTS) == 0 or step == args.max_iters
+            if look:
+                with eagerly():
+                    want = gradients()
+                optimizer.zero_grad(set_to_none=True)
+            take_step()
+            if look:
+                if not torch.allclose(found, want, rtol=0.05, equal_nan=True):  # a fault of ours, not of the attention
+                    raise RuntimeError(f"step {step}: loss and gradient norm are {found.tolist()}, run eagerly {want.tolist()}")
                 with eagerly():
                     loss = evaluate(model, val_ids[: PART + 1], device, autocast)
                 if diverged := not math.isfinite(loss):

@@ -1,6 +1,7 @@
 """The study: its configs are what they claim to be, its queue goes on where it stopped, its tables say what the results say."""
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -182,6 +183,17 @@ def test_compiled_runs_give_the_same_losses(folder, monkeypatch):
         assert counters["stats"]["unique_graphs"] == graphs
     assert found["no"]["curve"] == found["model"]["curve"] == found["blocks"]["curve"]
     assert found["no"]["val_loss"] == found["blocks"]["val_loss"]
+
+
+def test_a_step_whose_gradient_is_not_that_of_eager_code_ends_the_run(folder, monkeypatch):
+    def faulty(model, *rest):
+        loss_of, weight = compiled_loss(model, *rest), model.blocks[0].attn.o.weight
+        return lambda tokens: loss_of(tokens) + next(wrong) * (weight - weight.detach()).sum()
+
+    compiled_loss, wrong = run.compiled_loss, itertools.cycle((0, 0.01))  # eagerly first, then the step itself
+    monkeypatch.setattr(run, "compiled_loss", faulty)
+    with pytest.raises(RuntimeError, match="step 1: loss and gradient norm are .*, run eagerly "):
+        run.train_run(toy(max_iters=2), folder, "cpu", val_tokens=1025)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
