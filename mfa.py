@@ -196,7 +196,8 @@ def widen(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
-    """RoPE: x (..., T, w) with each row multiplied by R_pos, the rotation that belongs to its position in pos (T,).
+    """RoPE: x (..., T, w) with each row multiplied by R_pos, the rotation that belongs to its position in pos (T,),
+    or (T, 1) for x (..., T, n, w).
 
     Half-split: dimension i pairs with i + w/2 and turns by pos * base^(-2i/w) radians. R_i R_j^T = R_(i-j), so a score
     of rotated rows depends on the distance alone. Angles are never less than float32: bfloat16 cannot count to 300.
@@ -204,7 +205,7 @@ def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
     frequency = base ** (torch.arange(half, device=x.device, dtype=wide) / -half)  # (w/2,)
-    angle = pos.to(wide)[:, None] * torch.cat((-frequency, frequency))  # (T, w): the sines of the halves differ in sign
+    angle = pos.to(wide)[..., None] * torch.cat((-frequency, frequency))  # (T, w): the sines of the halves differ in sign
     # One tensor of both: else torch.compile takes every element's cosine anew, 20% of a training step on an H200.
     cos, sin = torch.cat((angle.cos(), angle.sin()), dim=-1).chunk(2, dim=-1)  # (T, w) twice
     return torch.addcmul(x * cos, x.roll(half, dims=-1), sin).to(x.dtype)  # x cos + (x rolled) sin: (..., T, w)
@@ -642,8 +643,8 @@ class MFAKR(MFA):
         return k, v  # (B, 1, S, C) twice
 
     def output(self, y, pos):
-        if self.reading == "inverse":
-            y = self.rotate(y, -pos)
+        if self.reading == "inverse":  # heads last: attention's gradient has to lie in memory as in all other attentions,
+            y = self.rotate(y.transpose(1, 2), -pos[:, None]).transpose(1, 2)  # see train.py's attention_kernels
         return super().output(self.reuse(y) if self.reuse_late else y, pos)
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:

@@ -337,7 +337,9 @@ def keep_memory(device: torch.device) -> None:
 def attention_kernels(device: torch.device, decoding: bool = False):
     """On a GPU, cuDNN's attention first: it trains 1.7 times as fast as FlashAttention at MFA's head width of 256.
 
-    Not in decoding, where it plans anew for every length: 40 ms for each token of a new text.
+    Not in decoding, where it plans anew for every length: 40 ms for each token of a new text. PyTorch keeps its plan of a
+    backward pass by the sizes and strides of q, k and v, and reads every later gradient of o, whatever its strides, as that
+    of the first (torch 2.11, ATen/native/cudnn/MHA.cpp): in one process these strides must be the same in all models.
     """
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     order = order if decoding else [SDPBackend.CUDNN_ATTENTION, *order]

@@ -12,14 +12,13 @@ prepare_data.py can take its place.
 """
 
 import contextlib
-import gc
 import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -131,7 +130,6 @@ def as_graph(step: Callable[[], None]) -> Callable[[], None]:
             torch.cuda.current_stream().wait_stream(side)
             return
         if n == COMPILING:
-            gc.collect()  # an earlier run's compiled code: unloaded during the capture, it would spoil it
             with torch.cuda.graph(graph, stream=side):
                 step()
         graph.replay()
@@ -163,7 +161,6 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     device = pick_device(device_name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where kernels are compiled and launched
-        torch.cuda.empty_cache()  # of the run before, which may have been on another GPU
     train_ids, val_ids, meta = data(folder, device)
     val_ids = val_ids[:val_tokens]
     cfg, T = run.cfg, run.cfg.block_size
@@ -210,7 +207,7 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
             step += 1
             look = step % math.ceil(args.max_iters / POINTS) == 0 or step == args.max_iters
             if look:
-                with eagerly():
+                with eagerly(), attention_kernels(device, decoding=True):  # other ones than in training
                     want = gradients()
                 optimizer.zero_grad(set_to_none=True)
             take_step()
@@ -299,8 +296,10 @@ def devices_of(name: str) -> list[str]:
 
 @contextlib.contextmanager
 def workers(jobs: int, devices: list[str]):
-    """A function that starts work(*values) and returns its Future: in a process for each job on each device, or here and now
-    if that is one.
+    """A function that starts work(*values) and returns its Future, as many at a time as there are jobs on all devices.
+
+    Each has a process of its own: compiled code, captured graphs and cuDNN's plans would outlive a run, and have spoilt
+    later ones. A single job on a CPU runs here and now.
     """
 
     def here(work: Callable, *values) -> Future:
@@ -311,13 +310,23 @@ def workers(jobs: int, devices: list[str]):
             future.set_exception(e)
         return future
 
+    def apart(work: Callable, *values):
+        try:
+            with ProcessPoolExecutor(1, spawn, initializer=keep_turns, initargs=(turns,)) as process:
+                return process.submit(work, *values).result()
+        except BrokenExecutor:  # it was killed, perhaps in its turn; who else has one is only slowed down
+            for turn in turns.values():
+                with contextlib.suppress(ValueError):  # nobody has it
+                    turn.release()
+            raise
+
     spawn = get_context("spawn")
     turns = {device: spawn.Lock() for device in devices} if jobs > 1 else {}
-    if jobs * len(devices) == 1:
+    if jobs * len(devices) == 1 and pick_device(devices[0]).type == "cpu":
         yield here
     else:
-        with ProcessPoolExecutor(jobs * len(devices), spawn, initializer=keep_turns, initargs=(turns,)) as pool:
-            yield pool.submit
+        with ThreadPoolExecutor(jobs * len(devices)) as pool:
+            yield lambda work, *values: pool.submit(apart, work, *values)
 
 
 def keep_turns(locks: dict) -> None:

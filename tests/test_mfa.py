@@ -733,3 +733,20 @@ def test_scores_without_sdpas_grouping_are_the_same(monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", without_grouping)
     assert difference(attn(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if case != "fpba"])  # no other has FPBA's width of H
+def test_the_gradient_reaches_attention_with_the_same_strides_in_all_models(case, monkeypatch):
+    """cuDNN's plan of a backward pass is kept for the next model, and knows no other strides (train.attention_kernels)."""
+
+    def noted(*args, **kwargs):
+        o = attend(*args, **kwargs)
+        o.register_hook(strides.append)
+        return o
+
+    attend, strides = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    attn = attention(case)
+    attn(states(attn.cfg)).square().sum().backward()
+    (gradient,) = strides  # (B, n, T, w)
+    assert gradient.transpose(1, 2).is_contiguous()

@@ -4,10 +4,11 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 
 import copying
 import plot
@@ -319,6 +320,16 @@ def test_the_processes_of_two_jobs_share_a_lock_for_each_device():
         assert take("one") and not take("one") and take("other")
     with run.workers(1, ["one", "other"]) as start:
         assert start(eval, "__import__('run').TURNS").result() == {}
+
+
+def test_each_run_on_a_gpu_has_a_process_of_its_own_and_one_that_dies_gives_back_its_turn():
+    with run.workers(2, ["one"]) as start:
+        assert len({start(os.getpid).result() for _ in range(2)} | {os.getpid()}) == 3
+        with pytest.raises(BrokenExecutor):
+            start(eval, "__import__('run').TURNS['one'].acquire() and __import__('os')._exit(1)").result()
+        assert start(eval, "__import__('run').TURNS['one'].acquire(timeout=0.2)").result()
+    with run.workers(1, ["cpu"]) as start:
+        assert start(os.getpid).result() == os.getpid()
 
 
 @pytest.mark.parametrize("flag", ["--jobs=0", "--limit_seconds=0", "--guess_seconds=-1"])
