@@ -562,7 +562,10 @@ def train(args: Train) -> dict:
             on_gpu = device.type == "cuda"
             dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
             at_end.callback(dist.destroy_process_group)
-        return run(args, device, rank, world, at_end)
+        done = run(args, device, rank, world, at_end)
+        if world > 1:
+            dist.barrier()  # gloo's threads let go of the last tensors meanwhile; torch 2.13 aborts if Python has ended by then
+        return done
 
 
 def run(args: Train, device: torch.device, rank: int, world: int, at_end: contextlib.ExitStack) -> dict:
