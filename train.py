@@ -562,10 +562,7 @@ def train(args: Train) -> dict:
             on_gpu = device.type == "cuda"
             dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
             at_end.callback(dist.destroy_process_group)
-        done = run(args, device, rank, world, at_end)
-        if world > 1:
-            dist.barrier()  # gloo's threads let go of the last tensors meanwhile; torch 2.13 aborts if Python has ended by then
-        return done
+        return run(args, device, rank, world, at_end)
 
 
 def run(args: Train, device: torch.device, rank: int, world: int, at_end: contextlib.ExitStack) -> dict:
@@ -802,8 +799,12 @@ def main(args: Train) -> None:
         if "memory" not in str(e):
             raise
         raise BadInput("out of memory: try a smaller --batch_size, more --grad_accum, or a smaller model") from e
+    code = 128 + stopped if stopped else 0
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a thread of gloo may hold a tensor yet: torch 2.13 aborts if Python ends
+        sys.stdout.flush()
+        os._exit(code)
     if stopped:
-        raise SystemExit(128 + stopped)
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python experiments/run.py --study all --dry_run                  # the queue: what is made, and how long the rest takes
     python experiments/run.py --study all --jobs 2                   # each GPU has two: one compiles while the other trains
     python experiments/run.py --study all --limit_seconds 3000       # start nothing that would not end in time
-    python experiments/run.py --study all --smoke                    # every run at toy size, a minute on a CPU
+    python experiments/run.py --study all --smoke                    # every run at toy size, half a minute on a CPU
 
 Each run appends its line to the results as it ends, and one whose line is there is not made again, so the queue goes on where
 it stopped. There are no checkpoints: a run takes a minute or two. The pieces are train.py's; what is left out is what a long

@@ -324,7 +324,7 @@ for name in ("pre", "post", "inverse"):
 # `pre` rotates every cached key in every step. With PyTorch's operations a step then takes many times as long; a kernel that
 # turns keys as they pass costs a sixth of a step (notebook 06). `post` costs nothing extra; `inverse` rotates one output per
 # head. Which of them learns best is `question_a` of this project's study; notebook 07 prints what is measured. At 30M parameters
-# and the better rate `post` is behind `pre` in all three seeds. We know of no published comparison.
+# `post` is behind `pre` in all three seeds, at both rates. We know of no published comparison.
 #
 # ## Folding
 #
