@@ -130,11 +130,11 @@ def perplexity(folder: Path) -> str:
         lines.append(
             f'<li><span class="name">{name}</span><span class="track">{dots}</span><span class="value">{arm}</span></li>'
         )
-    row = found[0].rows[0]
+    devices = sorted({row["device"] for arm in found for row in arm.rows})
     note = (
         f"Validation perplexity, lower is better: {low:.2f} at the left, {high:.2f} at the right. In brackets, the cache's "
-        f"share of MHA's. A dot is one seed; the number is their mean and standard deviation. {figures.setting(row)}, "
-        f"{html.escape(row['device'])}."
+        f"share of MHA's. A dot is one seed; the number is their mean and standard deviation. "
+        f"{figures.setting(found[0].rows[0])}, {html.escape(' and '.join(devices))}."
     )
     planned, by_name = figures.STUDIES["figure1"], {arm.name: arm for arm in found if arm.ppl}
     mha, mfa = (by_name.get(planned[arm].name) for arm in ("mha", "mfa"))
