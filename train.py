@@ -546,6 +546,50 @@ class Stop:
             signal.signal(number, handler)
 
 
+def open_run(args: Train, latest: Path, best: Path, metrics: Path) -> dict | None:
+    """The checkpoint to go on from, if any. BadInput where --resume and --overwrite do not fit what the folder holds."""
+    out = latest.parent
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out} is a file: give a folder")
+    if args.resume and args.overwrite:
+        raise BadInput("--resume goes on with the run that --overwrite would replace: give one of the two")
+    if not (args.resume or args.overwrite) and (latest.exists() or metrics.exists() or best.exists()):
+        raise BadInput(f"--out {out} holds a run: --resume continues it, --overwrite replaces it, another --out keeps it")
+    if args.resume and not latest.exists() and (metrics.exists() or best.exists()):
+        raise BadInput(f"--resume: {latest} is missing, no going on: --overwrite begins anew, another --out keeps the rest")
+    ckpt = load_checkpoint(latest) if args.resume and latest.is_file() else None
+    if ckpt and args.max_iters < ckpt["step"] + (ckpt["best_loss"] == math.inf):
+        raise BadInput(f"--max_iters {args.max_iters}: {latest} is at step {ckpt['step']} already, give more")
+    return ckpt
+
+
+def open_text(args: Train, rank: int, world: int) -> tuple[Path, np.ndarray, np.ndarray, dict]:
+    """The corpus' folder, its ids for training and validation, and meta.json. The first process prepares it, if need be."""
+    bpe_size = args.model.vocab_size or None if args.tokenizer == "bpe" else None
+    text = dict(dataset=args.dataset, file=args.file, tokenizer=args.tokenizer, vocab_size=bpe_size, data_dir=args.data_dir)
+    folder = first_in_one(lambda: prepare(**text), rank, world)
+    train_ids, val_ids, meta = load(folder)
+    T = args.model.block_size
+    if 0 < args.eval_tokens < T:
+        raise BadInput(f"--eval_tokens {args.eval_tokens}: must be 0, for all, or at least --block_size {T}")
+    for name, ids in (("training", train_ids), ("validation", val_ids)):
+        if len(ids) <= T:
+            raise BadInput(f"--block_size {T}: the {name} text of {folder} has {len(ids)} tokens, and more are needed")
+    return folder, train_ids, val_ids[: args.eval_tokens + 1] if args.eval_tokens else val_ids, meta
+
+
+def new_model(args: Train, n_vocab: int, folder: Path) -> GPT:
+    """A model for a text of n_vocab tokens, at MHA's number of parameters."""
+    if 0 < args.model.vocab_size < n_vocab:
+        raise BadInput(f"--vocab_size {args.model.vocab_size}: {folder} has {n_vocab} tokens, give as many or more")
+    try:
+        cfg = replace(args.model, vocab_size=max(args.model.vocab_size, n_vocab))
+        torch.manual_seed(args.seed)
+        return GPT(match_params(cfg) if args.match_params and cfg.attn not in ("mha", "fpba") else cfg)
+    except ValueError as e:
+        raise BadInput(f"--attn {args.model.attn}: {e}") from e
+
+
 def train(args: Train) -> dict:
     """Run or resume a training; BadInput comes before anything is written.
 
@@ -570,48 +614,17 @@ def run(args: Train, device: torch.device, rank: int, world: int, at_end: contex
     keep_memory(device)
     out = args.out or Path("out") / f"{args.preset}-{args.model.attn}"
     latest, best, metrics = out / "latest.pt", out / "best.pt", out / "metrics.jsonl"
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out} is a file: give a folder")
-    if args.resume and args.overwrite:
-        raise BadInput("--resume goes on with the run that --overwrite would replace: give one of the two")
-    if not (args.resume or args.overwrite) and (latest.exists() or metrics.exists() or best.exists()):
-        raise BadInput(f"--out {out} holds a run: --resume continues it, --overwrite replaces it, another --out keeps it")
-    if args.resume and not latest.exists() and (metrics.exists() or best.exists()):
-        raise BadInput(f"--resume: {latest} is missing, no going on: --overwrite begins anew, another --out keeps the rest")
+    ckpt = open_run(args, latest, best, metrics)
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
     if args.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise BadInput("--compile needs a C++ compiler on a CPU, and there is no g++, clang++ or cl: leave it out")
-    ckpt = load_checkpoint(latest) if args.resume and latest.is_file() else None
-    if ckpt and args.max_iters < ckpt["step"] + (ckpt["best_loss"] == math.inf):
-        raise BadInput(f"--max_iters {args.max_iters}: {latest} is at step {ckpt['step']} already, give more")
     share, left_over = divmod(args.batch_size, world * args.grad_accum)
     if left_over:
         raise BadInput(f"--batch_size {args.batch_size} must be a multiple of {world} processes x {args.grad_accum} grad_accum")
-
-    # The text. The first process prepares it; the others find it made.
-    bpe_size = args.model.vocab_size or None if args.tokenizer == "bpe" else None
-    text = dict(dataset=args.dataset, file=args.file, tokenizer=args.tokenizer, vocab_size=bpe_size, data_dir=args.data_dir)
-    folder = first_in_one(lambda: prepare(**text), rank, world)
-    train_ids, val_ids, meta = load(folder)
+    folder, train_ids, val_ids, meta = open_text(args, rank, world)
     T, unit = args.model.block_size, "character" if args.tokenizer == "char" else "token"
-    if 0 < args.eval_tokens < T:
-        raise BadInput(f"--eval_tokens {args.eval_tokens}: must be 0, for all, or at least --block_size {T}")
-    for name, ids in (("training", train_ids), ("validation", val_ids)):
-        if len(ids) <= T:
-            raise BadInput(f"--block_size {T}: the {name} text of {folder} has {len(ids)} tokens, and more are needed")
-    val_ids = val_ids[: args.eval_tokens + 1] if args.eval_tokens else val_ids
-
-    # The model, at MHA's number of parameters.
-    if 0 < args.model.vocab_size < meta["vocab_size"]:
-        raise BadInput(f"--vocab_size {args.model.vocab_size}: {folder} has {meta['vocab_size']} tokens, give as many or more")
-    try:
-        cfg = replace(args.model, vocab_size=max(args.model.vocab_size, meta["vocab_size"]))
-        mha = mha_of(cfg)
-        cfg = match_params(cfg) if args.match_params and cfg.attn not in ("mha", "fpba") else cfg
-        torch.manual_seed(args.seed)
-        model = GPT(cfg)
-    except ValueError as e:
-        raise BadInput(f"--attn {args.model.attn}: {e}") from e
+    model = new_model(args, meta["vocab_size"], folder)
+    cfg, mha = model.cfg, mha_of(replace(args.model, vocab_size=model.cfg.vocab_size))
     source = {k: meta[k] for k in ("sources", "train_tokens", "val_tokens")}
     if ckpt:
         compare(ckpt, args, cfg, source, latest)
