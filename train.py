@@ -57,58 +57,33 @@ class Train:
     """Train a language model with any of the seven attentions and compare them at equal parameters."""
 
     model: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
-    preset: Literal["tiny", "baby", "small", "paper-1b", "paper-7b"] = "tiny"
-    """Model size and recipe that all other flags start from."""
-    dataset: str = "shakespeare"
-    """Corpus, as in prepare_data.py, which is run when its data is missing."""
-    file: str | None = None
-    """Your own text, a file or a folder, instead of a corpus."""
-    tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "char"
-    """char, byte, bpe (trained on the text, with --vocab_size) or gpt2."""
-    out: Path | None = None
-    """Folder of the run; default out/<preset>-<attn>."""
-    resume: bool = False
-    """Go on from latest.pt in --out; flags that are not given are taken from there."""
-    overwrite: bool = False
-    """Replace the run that --out holds."""
-    data_dir: Path = DATA
-    """Where prepared corpora are kept."""
+    preset: Literal["tiny", "baby", "small", "paper-1b", "paper-7b"] = "tiny"  # sizes and recipe that other flags start from
+    dataset: str = "shakespeare"  # corpus, as in prepare_data.py, which is run when its data is missing
+    file: str | None = None  # your own text, a file or a folder, instead of a corpus
+    tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "char"  # bpe is trained on the text, with --vocab_size tokens
+    out: Path | None = None  # folder of the run; default out/<preset>-<attn>
+    resume: bool = False  # go on from latest.pt in --out; flags that are not given are taken from there
+    overwrite: bool = False  # replace the run that --out holds
+    data_dir: Path = DATA  # where prepared corpora are kept
 
-    max_iters: int = 2000
-    """Optimizer steps."""
-    batch_size: int = 16
-    """Sequences per step, over all processes and accumulation steps."""
-    grad_accum: int = 1
-    """Pieces each process cuts its share of the batch into, to save memory."""
-    learning_rate: float = 3e-3
-    """Peak, after the warm-up."""
-    min_lr: float = 1e-5
-    """End of the cosine decay."""
-    warmup_iters: int = 100
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.1
-    """On matrices; gains and gates have none."""
-    beta2: float = 0.95
-    """Decay of AdamW's second moment."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient; 0: not clipped."""
-    match_params: bool = True
-    """Choose the FFN width so that the total parameters equal those of MHA (fpba excepted)."""
+    max_iters: int = 2000  # optimizer steps
+    batch_size: int = 16  # sequences per step, over all processes and accumulation steps
+    grad_accum: int = 1  # pieces each process cuts its share of the batch into, to save memory
+    learning_rate: float = 3e-3  # peak, after the warm-up
+    min_lr: float = 1e-5  # end of the cosine decay
+    warmup_iters: int = 100  # steps of linear warm-up
+    weight_decay: float = 0.1  # on matrices; gains and gates have none
+    beta2: float = 0.95  # decay of AdamW's second moment
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: not clipped
+    match_params: bool = True  # choose the FFN width so that the total parameters equal those of MHA (fpba excepted)
 
-    eval_interval: int = 250
-    """Steps between evaluations, each a sweep over the whole validation split, and checkpoints."""
-    eval_tokens: int = 0
-    """Evaluate on this many validation tokens, always the same; 0: all of them."""
-    log_interval: int = 50
-    """Steps between lines on the terminal."""
-    seed: int = 1337
-    """Of the weights and the batches."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps ..."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the matrix products; the weights stay float32. auto: bfloat16 where the GPU has it, else float32."""
-    compile: bool = False
-    """torch.compile: up to half a minute first, faster steps after it. The default on a GPU; a CPU needs a C++ compiler."""
+    eval_interval: int = 250  # steps between evaluations, each a sweep over the whole validation split, and checkpoints
+    eval_tokens: int = 0  # evaluate on this many validation tokens, always the same; 0: all of them
+    log_interval: int = 50  # steps between lines on the terminal
+    seed: int = 1337  # of the weights and the batches
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps ...
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bfloat16 if the GPU has it
+    compile: bool = False  # torch.compile: a slow start, then faster steps; the default on a GPU; a CPU needs a C++ compiler
 
 
 # What each preset's recipe changes in the defaults above.
