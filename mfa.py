@@ -336,7 +336,7 @@ class Attention(nn.Module):
         return self.output(self.attend(q, k, v, pos), pos)  # (B, T, H)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        """Causal softmax attention of queries at positions pos (T,): (B, n, T, w) -> (B, n, T, w_v)."""
+        """Causal softmax attention of queries at positions pos (T,): (B, n, T, w) -> (B, T, n, w_v)."""
         T, S = q.shape[2], k.shape[2]
         grouped = k.shape[1] != q.shape[1]
         if grouped and q.device.type not in ("cpu", "cuda"):  # enable_gqa may be missing there
@@ -350,7 +350,8 @@ class Attention(nn.Module):
                 bias = alibi(q.shape[1], pos, key, torch.promote_types(q.dtype, torch.float32))
                 mask = bias.masked_fill(~mask, -math.inf).to(q.dtype)[None]  # (1, n, T, S)
         drop, causal = self.cfg.dropout if self.training else 0.0, mask is None and T > 1
-        return F.scaled_dot_product_attention(q, k, v, mask, drop, causal, scale=self.scale, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(q, k, v, mask, drop, causal, scale=self.scale, enable_gqa=grouped)
+        return y.transpose(1, 2)  # (B, T, n, w_v): output must not change this order in memory (train.attention_kernels)
 
     def factorization(self, x: Tensor) -> Tensor:
         """Factorization formulation: Eq. 1 as it stands, position by position: (B, T, H) -> (B, T, H). Slow."""
@@ -385,8 +386,8 @@ class Attention(nn.Module):
         return k, v
 
     def output(self, y: Tensor, pos: Tensor) -> Tensor:
-        """sum_c y_c O_c^T: (B, n, T, w) -> (B, T, H)."""
-        return self.o(y.transpose(1, 2).flatten(2))
+        """sum_c y_c O_c^T: (B, T, n, w) -> (B, T, H)."""
+        return self.o(y.flatten(2))
 
     def o_heads(self) -> Tensor:
         """O_c^T: (n, w, H)."""
@@ -420,7 +421,7 @@ class FPBA(Attention):
         return self.rotate(k, pos), torch.einsum("bth,chk->bctk", x, self.U)  # x_j U_c: (B, H, T, H)
 
     def output(self, y, pos):
-        return y.sum(1)  # (B, T, H)
+        return y.sum(2)  # (B, T, H)
 
     def qk_circuit(self, offset: int = 0) -> Tensor:
         return self.rotation(offset, self.W, self.cfg.dim) @ self.W  # (n, H, H)
@@ -643,8 +644,8 @@ class MFAKR(MFA):
         return k, v  # (B, 1, S, C) twice
 
     def output(self, y, pos):
-        if self.reading == "inverse":  # heads last: attention's gradient has to lie in memory as in all other attentions,
-            y = self.rotate(y.transpose(1, 2), -pos[:, None]).transpose(1, 2)  # see train.py's attention_kernels
+        if self.reading == "inverse":
+            y = self.rotate(y, -pos[:, None])
         return super().output(self.reuse(y) if self.reuse_late else y, pos)
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:

@@ -82,7 +82,7 @@ class Train:
     log_interval: int = 50  # steps between lines on the terminal
     seed: int = 1337  # of the weights and the batches
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps ...
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; auto: bfloat16 if the GPU has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products alone; auto: bfloat16 if the GPU has it
     compile: bool = False  # torch.compile: a slow start, then faster steps; the default on a GPU; a CPU needs a C++ compiler
 
 
@@ -787,12 +787,11 @@ def main(args: Train) -> None:
         if "memory" not in str(e):
             raise
         raise BadInput("out of memory: try a smaller --batch_size, more --grad_accum, or a smaller model") from e
-    code = 128 + stopped if stopped else 0
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a thread of gloo may hold a tensor yet: torch 2.13 aborts if Python ends
         sys.stdout.flush()
-        os._exit(code)
+        os._exit(128 + stopped if stopped else 0)
     if stopped:
-        raise SystemExit(code)
+        raise SystemExit(128 + stopped)
 
 
 if __name__ == "__main__":

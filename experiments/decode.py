@@ -294,7 +294,7 @@ def finish(block: Block, x: Tensor, y: Tensor, pos: Tensor) -> Tensor:
     attn = block.attn
     if isinstance(attn, MLA):
         y = torch.einsum("bmtc,mdc->bmtd", y, attn.v.weight.unflatten(0, (attn.n_head, -1)))  # (B, m, 1, d)
-    x = x + attn.output(y, pos)
+    x = x + attn.output(y.transpose(1, 2), pos)
     return x + block.ffn(block.ffn_norm(x))
 
 
