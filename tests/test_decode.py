@@ -19,6 +19,7 @@ from mfa import GPT, KVCache, preset
 
 MODES = (*MAIN, "mfa_kr gated post", "mfa_kr gated inverse", "mla joint")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+KERNELS = "cuda" if torch.cuda.is_available() else "cpu"  # there Triton interprets them: conftest.py
 
 
 @torch.no_grad()
@@ -118,17 +119,17 @@ def test_a_full_cache_another_batch_another_model_and_experts_are_refused():
 # Its parts
 
 
-@pytest.mark.skipif(decode.triton is None, reason="needs Triton, which interprets the kernel on a CPU")
+@pytest.mark.skipif(decode.triton is None, reason="needs Triton")
 def test_parts_of_a_softmax_merge_into_the_whole():
-    s, v = torch.randn(12, 220), torch.randn(12, 220, 6)  # (rows, S), (rows, S, w)
+    s, v = torch.randn(12, 220, device=KERNELS), torch.randn(12, 220, 6, device=KERNELS)  # (rows, S), (rows, S, w)
     cuts = [*range(0, 220, 20), 220]  # eleven parts, and one without keys
     P = len(cuts)
-    acc, top, total = torch.zeros(P, 12, 6), torch.full((P, 12), -torch.inf), torch.zeros(P, 12)
+    acc, top, total = s.new_zeros(P, 12, 6), s.new_full((P, 12), -torch.inf), s.new_zeros(P, 12)
     for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
         top[i] = s[:, a:b].amax(-1)
         p = (s[:, a:b] - top[i][:, None]).exp()
         acc[i], total[i] = torch.einsum("rs,rsw->rw", p, v[:, a:b]), p.sum(-1)
-    y = torch.empty(12, 6)
+    y = s.new_empty(12, 6)
     decode.merge_kernel[(12, 2)](acc, top, total, y, 12, P, 6, 16, 4)
     assert difference(y, torch.einsum("rs,rsw->rw", s.softmax(-1), v)) < 1e-6
 
@@ -201,20 +202,19 @@ def test_weights_are_laid_side_by_side_once():
     assert difference(logits(model, idx, second), logits(model, idx)) < 1e-13
 
 
-@pytest.mark.skipif(decode.triton is None, reason="needs Triton, which interprets the kernel on a CPU")
+@pytest.mark.skipif(decode.triton is None, reason="needs Triton")
 @pytest.mark.parametrize("pos", POSITIONS)
 @pytest.mark.parametrize("case", ["mha", "gqa", "mla", "mla joint", "mfa", *(f"mfa_kr gated {r}" for r in READINGS)])
 def test_the_kernel_computes_attention_on_what_is_filled(case, pos):
-    model = gpt(case, pos, block_size=300).float()
-    layer = model.blocks[0].attn
-    kept = [torch.randn(2, g, 300, w) for g, w in layer.kept]
-    q = torch.randn(2, layer.n_head, 1, sum(k.shape[-1] for k in decode.read(layer, kept)[0]))
+    layer = gpt(case, pos, block_size=300).float().to(KERNELS).blocks[0].attn
+    kept = [torch.randn(2, g, 300, w, device=KERNELS) for g, w in layer.kept]
+    q = torch.randn(2, layer.n_head, 1, sum(k.shape[-1] for k in decode.read(layer, kept)[0]), device=KERNELS)
     table = decode.rotary_table(layer, 300, kept[0]) if decode.rotates(layer) else None
     for length in (1, 100, 299):
         exact = decode.attend_sdpa(layer, q, kept, length, decode.read)
         for t in kept:
             t[:, :, length:] = torch.nan
-        got = decode.attend_triton(layer, q, kept, torch.tensor([length - 1]), table)
+        got = decode.attend_triton(layer, q, kept, torch.tensor([length - 1], device=KERNELS), table)
         assert difference(got, exact) < 1e-5
         for t in kept:
             t[:, :, length:] = torch.randn_like(t[:, :, length:])
