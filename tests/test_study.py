@@ -191,7 +191,7 @@ def test_a_step_whose_gradient_is_not_that_of_eager_code_ends_the_run(folder, mo
         loss_of, weight = compiled_loss(model, *rest), model.blocks[0].attn.o.weight
         return lambda tokens: loss_of(tokens) + next(wrong) * (weight - weight.detach()).sum()
 
-    compiled_loss, wrong = run.compiled_loss, itertools.cycle((0, 0.01))  # eagerly first, then the step itself
+    compiled_loss, wrong = run.compiled_loss, itertools.cycle((0, 0.1))  # eagerly first, then the step itself
     monkeypatch.setattr(run, "compiled_loss", faulty)
     with pytest.raises(RuntimeError, match="step 1: loss and gradient norm are .*, run eagerly "):
         run.train_run(toy(max_iters=2), folder, "cpu", val_tokens=1025)

@@ -23,6 +23,7 @@ from train import RECIPES, Train, batch_starts, count_params, defaults, evaluate
 
 quick = pytest.mark.usefixtures("no_ceremony")
 CPU = torch.device("cpu")
+COMPILE = trainer.can_compile(trainer.pick_device("auto"))  # the default where the tests run
 
 
 def signals_at(monkeypatch, moments: dict[int, int]) -> None:
@@ -216,11 +217,11 @@ def parsed(*argv: str) -> Train:
 @pytest.mark.parametrize("attn", ["mha", "mfa", "mfa_kr"])
 def test_flags_start_from_the_preset_of_the_attention_and_its_recipe(name, attn):
     args = parsed("--preset", name, "--attn", attn)
-    assert args == Train(model=preset(name, attn, vocab_size=0), preset=name, **RECIPES[name])
+    assert args == Train(model=preset(name, attn, vocab_size=0), preset=name, compile=COMPILE, **RECIPES[name])
 
 
 def test_without_flags_it_is_mfa_on_the_tiny_preset():
-    assert parsed() == Train(model=preset("tiny", "mfa", vocab_size=0))
+    assert parsed() == Train(model=preset("tiny", "mfa", vocab_size=0), compile=COMPILE)
 
 
 @pytest.mark.parametrize("flag", ["--n_head", "--n-head"])
@@ -237,6 +238,7 @@ def test_any_field_of_preset_and_recipe_can_be_overridden():
         preset="baby",
         match_params=False,
         out=Path("x"),
+        compile=COMPILE,
         **RECIPES["baby"] | dict(batch_size=7, learning_rate=1.0),
     )
 
