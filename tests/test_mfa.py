@@ -27,6 +27,7 @@ from paper import body, ranks
 from torch.func import functional_call
 
 from mfa import ATTENTION, GPT, PRESETS, Config, KVCache, MoE, SwiGLU, alibi, pick, preset, rotate
+from train import attention_kernels
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_case_normed_too = pytest.mark.parametrize("case", ALL)
@@ -750,3 +751,24 @@ def test_the_gradient_reaches_attention_with_the_same_strides_in_all_models(case
     attn(states(attn.cfg)).square().sum().backward()
     (gradient,) = strides  # (B, n, T, w)
     assert gradient.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("T", "order"), [(128, ("inverse", "pre", "post")), (192, ("pre", "inverse", "post"))])
+def test_models_after_one_another_get_the_gradients_that_other_kernels_give(T, order):
+    """Each order at a length of its own: its first model makes the plan, which the others meet."""
+    sizes = dict(vocab_size=101, block_size=T, n_layer=2, dim=128, n_head=4, latent_dim=64, ffn_dim=128)
+    device = torch.device("cuda")
+    for reading in order:
+        torch.manual_seed(0)
+        model = GPT(Config(attn="mfa_kr", key_reuse_rope=reading, **sizes)).to(device)
+        weights = [p for block in model.blocks for p in block.attn.parameters()]
+        for block in model.blocks:
+            torch.nn.init.normal_(block.attn.alpha, 0.5)
+        idx, found = torch.randint(101, (8, T + 1), device=device), []
+        for others in (False, True):
+            with attention_kernels(device, decoding=others), torch.autocast("cuda", torch.bfloat16):
+                loss = model(idx[:, :-1], idx[:, 1:])[1]
+            found.append(torch.autograd.grad(loss, weights))
+        for ours, theirs in zip(*found, strict=True):
+            assert ((ours - theirs).norm() / theirs.norm()).item() < 0.05, reading
