@@ -395,6 +395,8 @@ def test_order_names_the_pairs_that_differ():
     table = plot.main_table(plot.Results(rows), "table4")
     assert "1 of 1 did not train" in table and table.count("not made") == 2
     assert plot.against(plot.Results(rows), "table4", "mfa", "mha")[3:] == ["-0.1000", "in 0 of 1 seeds"]
+    other_rate = plot.against(plot.Results(rows), "table4", "mfa", "mha", 4e-3 / 1.4e-3)
+    assert other_rate[1:] == ["MHA at 0.004", "100.00%", "–", "not made"]
 
 
 def test_a_run_that_did_not_train_is_counted_and_not_averaged():
