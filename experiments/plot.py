@@ -191,15 +191,15 @@ def grid_part(results: Results) -> str:
     body = []
     arms = [("figure1", arm) for arm in FIGURE1] + [("table4", arm) for arm in ("vanilla", "proj", "residual")]
     for study, arm in arms:
-        whole = len(tried(study, arm, results.done, results.toy)) == len(GRID)
-        lowest, cells = best(study, arm, results.done, results.toy) if whole else None, []
+        made = tried(study, arm, results.done, results.toy)
+        lowest, cells = best(study, arm, results.done, results.toy) if len(made) == len(GRID) else None, []
         for times in (*GRID, BEYOND):
-            rows = [row for row in results.of(study, arm, times) if row["seed"] == 0]
+            rows = [row for row in results.of(study, arm, times) if row["seed"] in made.get(times, {0})]
             text = "–" if times == BEYOND and not rows else outcome(rows)
             cells.append(f"**{text}**" if rows and times == lowest else text)
         body.append([STUDIES[study][arm].name, *cells])
     rates = [f"{run_for('figure1', 'mha', times, 0, results.toy).lr:.2g}" for times in (*GRID, BEYOND)]
-    return table(["perplexity at seed 0, peak lr", *rates], body)
+    return table(["perplexity, peak lr", *rates], body)
 
 
 def table_part(study: str):

@@ -124,14 +124,24 @@ def test_studies_share_runs():
 
 
 def test_other_seeds_wait_for_the_best_learning_rate():
-    done = {}
+    done, arm = {}, "mla_deepseek"
     for times, loss in zip(GRID, (3.7, None, 3.6), strict=True):
-        assert {task.run.lr for task in queue(done, "figure1") if task.arm == "mfa" and task.run.seed} == {None}
-        task = studies.Task("figure1", "mfa", run_for("figure1", "mfa", times, 0))
+        assert {task.run.lr for task in queue(done, "figure1") if task.arm == arm and task.run.seed} == {None}
+        task = studies.Task("figure1", arm, run_for("figure1", arm, times, 0))
         done |= made([row(task, loss)], f"pg-books-bpe{studies.VOCAB}")
-    assert best("figure1", "mfa", done) == GRID[2]
-    waiting = [task.run for task in queue(done, "figure1") if task.arm == "mfa" and task.run.seed]
+    assert best("figure1", arm, done) == GRID[2]
+    waiting = [task.run for task in queue(done, "figure1") if task.arm == arm and task.run.seed]
     assert [(r.lr, r.seed) for r in waiting] == [(2e-3, 1), (2e-3, 2)]
+
+
+def test_the_best_learning_rate_is_of_the_seeds_that_all_rates_have():
+    losses = {(GRID[0], 0): 3.5, (GRID[1], 0): 3.6, (GRID[2], 0): 3.7, (GRID[0], 1): 3.9, (GRID[1], 1): 3.6, (GRID[2], 1): 3.7}
+    done = {}
+    for (times, seed), loss in losses.items():
+        done |= made(
+            [row(studies.Task("figure1", "mha", run_for("figure1", "mha", times, seed)), loss)], f"pg-books-bpe{studies.VOCAB}"
+        )
+        assert best("figure1", "mha", done) == (GRID[1] if len(done) == len(losses) else GRID[0])
 
 
 def test_results_say_which_run_they_are_of():
@@ -244,10 +254,10 @@ def test_it_goes_on_where_it_stopped(smoke, folder, tmp_path, capsys):
 
 def test_time_limit_and_dry_run(folder, tmp_path, capsys):
     path = tmp_path / "study.jsonl"
-    assert call(folder.parent, "--study=table3", f"--results={path}", "--limit_seconds=1", "--guess_seconds=1e9") == 0
-    assert not path.exists() and "9 runs still to make" in capsys.readouterr().out
-    assert call(folder.parent, "--study=table3", f"--results={path}", "--dry_run") == 0
-    assert not path.exists() and len(capsys.readouterr().out.splitlines()) == 10
+    assert call(folder.parent, "--study=table6", f"--results={path}", "--limit_seconds=1", "--guess_seconds=1e9") == 0
+    assert not path.exists() and "12 runs still to make" in capsys.readouterr().out
+    assert call(folder.parent, "--study=table6", f"--results={path}", "--dry_run") == 0
+    assert not path.exists() and len(capsys.readouterr().out.splitlines()) == 13
 
 
 def test_a_run_that_fails_does_not_stop_the_others(folder, tmp_path, monkeypatch, capsys):
