@@ -31,6 +31,7 @@ from studies import (
     QUESTION_A,
     QUEUE,
     RESULTS,
+    SEEDS,
     STUDIES,
     VOCAB,
     Run,
@@ -68,7 +69,7 @@ class Results:
             times = best(study, arm, self.done, self.toy) if study in GRIDDED else 1
         if times is None:  # none of the grid was made, or none of it has a loss
             times = 1
-        runs = [run_for(study, arm, times, seed, self.toy) for seed in (0, 1, 2)]
+        runs = [run_for(study, arm, times, seed, self.toy) for seed in SEEDS]
         return [self.done[run] for run in runs if run in self.done]
 
     def trained(self, study: str, arm: str, times: float | None = None) -> list[dict]:
@@ -156,7 +157,7 @@ def against(results: Results, study: str, one: str, other: str, times: float | N
     share, text, verdict = on_paper(run_for(study, other, 1, 0, results.toy))[2], "–", "not made"
     if a and b:
         d, half = difference([*a.values()], [*b.values()])
-        text = f"{round(d, 4) + 0.0:.4f}" + (f" ± {half:.4f}" if half is not None else "")
+        text = f"{d:z.4f}" + (f" ± {half:.4f}" if half is not None else "")
         seeds = a.keys() & b.keys()
         verdict = f"in {sum(b[seed] > a[seed] for seed in seeds)} of {len(seeds)} seeds"
     return [arms[one].name, name, f"{share:.2%}", text, verdict]

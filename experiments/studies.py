@@ -44,6 +44,7 @@ SIZES = {
     "30M, 2,000 steps": dict(**AT_30M, batch_size=64, max_iters=2000, lr=2e-3),
     "30M, 8,000 steps": dict(**AT_30M, batch_size=16, max_iters=8000, lr=2e-3),
 }
+SEEDS = (0, 1, 2)
 GRID = (5 / 7, 1, 10 / 7)  # peak learning rates, times the size's lr: at 30M 1e-3, 1.4e-3, 2e-3
 BEYOND = 20 / 7  # 4e-3 was tried for the first three arms and is far too much
 BEST = "best"  # the one of the grid with the lowest loss over the seeds that all three have, known once seed 0 has all three
@@ -190,7 +191,7 @@ QUEUE = [
     ("why", ("mha_16", "gqa4_16", "gqa2_16", "mqa_16"), (1,), (0,)),
     ("table4", TABLE4, GRID, (0,)),
     ("table4", TABLE4, BEST, (1, 2)),
-    ("question_a", ROTATED, GRID[1:], (0, 1, 2)),
+    ("question_a", ROTATED, GRID[1:], SEEDS),
     ("figure3", LARGE, (1,), (0,)),
     ("figure1", FIGURE1, GRID, (0,)),
     ("figure1", FIGURE1, BEST, (1, 2)),
@@ -250,10 +251,10 @@ def run_for(study: str, arm: str, times: float | None, seed: int, toy: bool = Fa
 
 def tried(study: str, arm: str, done: dict[Run, dict], toy: bool = False) -> dict[float, dict[int, float | None]]:
     """At each member of GRID that was made: the loss by seed, None where it diverged. Of the seeds that all of them have."""
-    runs = {times: {seed: run_for(study, arm, times, seed, toy) for seed in (0, 1, 2)} for times in GRID}
-    runs = {times: by_seed for times, by_seed in runs.items() if by_seed[0] in done}
-    seeds = [seed for seed in (0, 1, 2) if all(by_seed[seed] in done for by_seed in runs.values())]
-    return {times: {seed: done[by_seed[seed]]["val_loss"] for seed in seeds} for times, by_seed in runs.items()}
+    runs = {(times, seed): run_for(study, arm, times, seed, toy) for times in GRID for seed in SEEDS}
+    rates = [times for times in GRID if runs[times, 0] in done]
+    seeds = [seed for seed in SEEDS if all(runs[times, seed] in done for times in rates)]
+    return {times: {seed: done[runs[times, seed]]["val_loss"] for seed in seeds} for times in rates}
 
 
 def best(study: str, arm: str, done: dict[Run, dict], toy: bool = False) -> float | None:

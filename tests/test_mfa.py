@@ -315,8 +315,8 @@ TRUNCATED = 0.98658  # std of a normal distribution of std 1 that is cut at 3
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_weights_start_as_section_4_1_says_scaled_by_width(attn):
     torch.manual_seed(0)
-    wide = dict(dim=32) if attn == "fpba" else dict(dim=256, head_dim=64, latent_dim=48)
-    model = GPT(Config(attn=attn, n_layer=3, vocab_size=1000, n_expert=3, moe_ffn_dim=128, shared_ffn_dim=160, **wide))
+    wide = dict(dim=64, n_expert=32) if attn == "fpba" else dict(dim=256, head_dim=64, latent_dim=48, n_expert=8)
+    model = GPT(Config(attn=attn, n_layer=3, vocab_size=1000, moe_ffn_dim=300, shared_ffn_dim=300, **wide))
     base = 0.02 * math.sqrt(2048 / wide["dim"])
     for name, p in model.named_parameters():
         depth = int(name.split(".")[1]) + 1 if name.startswith("blocks") else None
@@ -325,7 +325,7 @@ def test_weights_start_as_section_4_1_says_scaled_by_width(attn):
             assert (p == (0 if leaf == "alpha" else 1)).all(), name
             continue
         std = 0.02 if depth is None else base / math.sqrt(2 * depth) if leaf in ("o", "U", "w2") else base
-        assert p.std().item() == pytest.approx(std * TRUNCATED, rel=4 / math.sqrt(2 * p.numel())), name  # 4 standard errors
+        assert p.std().item() == pytest.approx(std * TRUNCATED, rel=0.06 if p.numel() < 5000 else 0.025), name
         assert p.abs().max() <= 3 * std * (1 + 1e-6), name
         assert p.numel() < 5000 or p.abs().max() > 2.8 * std, name
 
