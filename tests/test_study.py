@@ -124,13 +124,13 @@ def test_studies_share_runs():
 
 
 def test_other_seeds_wait_for_the_best_learning_rate():
-    done, arm = {}, "mla_deepseek"
+    done, study, arm = {}, "table4", "vanilla"
     for times, loss in zip(GRID, (3.7, None, 3.6), strict=True):
-        assert {task.run.lr for task in queue(done, "figure1") if task.arm == arm and task.run.seed} == {None}
-        task = studies.Task("figure1", arm, run_for("figure1", arm, times, 0))
+        assert {task.run.lr for task in queue(done, study) if task.arm == arm and task.run.seed} == {None}
+        task = studies.Task(study, arm, run_for(study, arm, times, 0))
         done |= made([row(task, loss)], f"pg-books-bpe{studies.VOCAB}")
-    assert best("figure1", arm, done) == GRID[2]
-    waiting = [task.run for task in queue(done, "figure1") if task.arm == arm and task.run.seed]
+    assert best(study, arm, done) == GRID[2]
+    waiting = [task.run for task in queue(done, study) if task.arm == arm and task.run.seed]
     assert [(r.lr, r.seed) for r in waiting] == [(2e-3, 1), (2e-3, 2)]
 
 
