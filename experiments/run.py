@@ -176,14 +176,14 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
     for group in optimizer.param_groups:
         group |= dict(lr=lr, capturable=device.type == "cuda")
 
-    def autocast():
+    def autocast(dtype: torch.dtype = dtype):
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def eagerly():  # for evaluation: a compilation for that alone would not pay
         return torch.compiler.set_stance("force_eager")
 
-    def gradients() -> Tensor:  # and the loss and their norm: (2,)
-        with autocast():
+    def gradients(dtype: torch.dtype = dtype) -> Tensor:  # and the loss and their norm: (2,)
+        with autocast(dtype):
             loss = loss_of(tokens)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -213,7 +213,12 @@ def train_run(run: Run, folder: Path, device_name: str = "auto", compile: str = 
             take_step()
             if look:
                 if not torch.allclose(found, want, rtol=0.05, equal_nan=True):  # a fault of ours, not of the attention
-                    raise RuntimeError(f"step {step}: loss and gradient norm are {found.tolist()}, run eagerly {want.tolist()}")
+                    fault = f"step {step}: loss and gradient norm are {found.tolist()}, run eagerly {want.tolist()}; after it"
+                    with eagerly(), attention_kernels(device, decoding=True):  # do these two differ, too? Then it is rounding
+                        for precision in (dtype, torch.float32):
+                            optimizer.zero_grad(set_to_none=True)
+                            fault += f", eagerly in {precision}: {gradients(precision).tolist()}"
+                    raise RuntimeError(fault)
                 with eagerly():
                     loss = evaluate(model, val_ids[: PART + 1], device, autocast)
                 if diverged := not math.isfinite(loss):
