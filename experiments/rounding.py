@@ -1,0 +1,127 @@
+"""How far rounding to bfloat16 moves an attention's gradient, on the way through a training: python experiments/rounding.py
+
+Small models learn the embedded Shakespeare in float32. Every 25 steps the gradient of the batch that comes next is computed
+twice by the same eager code on a CPU, in float32 and under bfloat16's autocast, and compared: |g16 - g32| / |g32|. What differs
+is rounding and nothing else; no GPU's kernel is involved. run.py stops a run on a GPU where two bfloat16 gradients differ in
+norm by more than 5%; this says when that need not be a fault.
+
+A run takes about a minute; each appends its line to results/rounding.jsonl as it ends, and one whose line is there is not made
+again. plot.py shows them.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from provenance import ROOT, provenance
+from run import append, without_rest
+from studies import MFA, MHA, MQA, Arm, read_lines
+from torch import Tensor
+
+from mfa import GPT, Config
+from prepare_data import BadInput, load, prepare, run_command
+from train import (
+    Train,
+    as_tensor,
+    batch_starts,
+    keep_memory,
+    learning_rate,
+    loss_function,
+    make_optimizer,
+    match_params,
+    window,
+)
+
+RESULTS = ROOT / "experiments" / "results" / "rounding.jsonl"
+STEPS, EVERY, RATES = 500, 25, (4e-3, 8e-3)
+SIZE = dict(block_size=256, n_layer=4, dim=128, head_dim=16, rope_dim=8, ffn_dim=352)
+MLA, MLA_HALF = dict(attn="mla", joint_kv=True, latent_dim=32), dict(attn="mla", joint_kv=True, latent_dim=64)
+ARMS = {  # fields of Config, on top of SIZE
+    "mha": Arm("MHA", MHA),
+    "mqa": Arm("MQA", MQA),
+    "mfa": Arm("MFA, C = dim/8, 16 heads", MFA),
+    "mfa_half": Arm("MFA, query rank dim/2", dict(**MFA, q_rank=64)),
+    "mla": Arm("MLA, joint latent of dim/4", MLA),
+    "mla_half": Arm("MLA, joint latent of dim/2", MLA_HALF),
+    "mla_norm": Arm("MLA, joint latent of dim/2 with its RMSNorm", dict(**MLA_HALF, latent_norm=True)),
+}
+
+
+@dataclass
+class Args:
+    """Train small models in float32 and compare the gradient with bfloat16's on the way."""
+
+    steps: int = STEPS
+    """Of each run."""
+    results: Path = RESULTS
+    """File of the results."""
+
+
+def gradient(model: GPT, loss_of, tokens: Tensor, dtype: torch.dtype) -> tuple[float, Tensor]:
+    """The loss and the whole gradient as one vector (parameters,)."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = loss_of(tokens)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def train_run(arm: str, lr: float, steps: int) -> dict:
+    """curve: [[step, loss in float32, |g16 - g32| / |g32|, |g16| / |g32| - 1], ...]"""
+    device, began = torch.device("cpu"), time.perf_counter()
+    keep_memory(device)
+    ids, _, meta = load(prepare())
+    ids = as_tensor(ids, device)
+    cfg = Config(vocab_size=meta["vocab_size"], **SIZE, **ARMS[arm].model)
+    cfg = cfg if cfg.attn == "mha" else match_params(cfg)
+    args = Train(model=cfg, batch_size=8, max_iters=1000, learning_rate=lr, warmup_iters=50, seed=0)
+    torch.manual_seed(args.seed)
+    model, curve = GPT(cfg).train(), []
+    optimizer, loss_of = make_optimizer(model, args, device), loss_function(model, model, torch.bfloat16, False, False)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        tokens = window(ids, batch_starts(args, step, len(ids)), cfg.block_size + 1, device)  # (B, T + 1)
+        if step % EVERY == EVERY - 1:
+            g16 = gradient(model, loss_of, tokens, torch.bfloat16)[1]
+        loss, g32 = gradient(model, loss_of, tokens, torch.float32)
+        if step % EVERY == EVERY - 1:
+            off, norm = ((g16 - g32).norm() / g32.norm()).item(), (g16.norm() / g32.norm()).item() - 1
+            curve.append([step + 1, round(loss, 4), round(off, 4), round(norm, 4)])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.step()
+    return dict(curve=curve, params=g32.numel(), of=steps, seconds=round(time.perf_counter() - began, 1))
+
+
+def read(path: Path) -> dict[tuple[str, float], dict]:
+    """The results, by arm and learning rate."""
+    rows = read_lines(path, "rounding.py", lambda row: (row["arm"], row["lr"], row["curve"][0][3]))
+    return {(row["arm"], row["lr"]): row for row in rows}
+
+
+def summary(row: dict) -> list[str]:
+    """Median and largest distance, largest difference of the norms, and the last loss, of a line of the results."""
+    off, norm = [point[2] for point in row["curve"]], [abs(point[3]) for point in row["curve"]]
+    return [f"{statistics.median(off):.1%}", f"{max(off):.1%}", f"{max(norm):.1%}", f"{row['curve'][-1][1]:.2f}"]
+
+
+def main(args: Args) -> None:
+    if args.steps < EVERY:
+        raise BadInput(f"--steps must be at least {EVERY}, after which the gradients are compared first, not {args.steps}")
+    done, origin = read(args.results), provenance()
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    without_rest(args.results)
+    left = [(arm, lr) for lr in RATES for arm in ARMS if (arm, lr) not in done]
+    print(f"{len(left)} runs to make, {len(done)} are made", flush=True)
+    for n, (arm, lr) in enumerate(left, 1):
+        row = dict(arm=arm, lr=lr, **train_run(arm, lr, args.steps), **origin)
+        append(args.results, row)
+        text = "gradient off by {} (median), {} (most), its norm by {}, loss {}".format(*summary(row))
+        print(f"{n:3}/{len(left)}  {ARMS[arm].name:43} lr {lr:g}  {text}  {row['seconds']:.0f} s", flush=True)
+    print(f"{args.results}\nnext: python experiments/plot.py")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
