@@ -46,7 +46,7 @@ ROWS = [
     Row("MHA", "mha", {}, "Q_c K_c^T", "V_c O_c^T", "2 n d"),
     Row("GQA, g = 4", "gqa", dict(n_kv_head=4), "Q_c K_g^T", "V_g O_c^T", "2 g d"),
     Row("MQA", "mqa", {}, "Q_c K^T", "V O_c^T", "2 d"),
-    Row("MLA, one latent", "mla", FIGURE1_MLA, "Q_c K_c^T S^T", "S V_c O_c^T", "C + d_r"),
+    Row("MLA, DeepSeek-V2-Lite's", "mla", FIGURE1_MLA, "Q_c K_c^T S^T", "S V_c O_c^T", "C + d_r"),
     Row("**MFA**", "mfa", {}, "S_q Q_c S_k^T", "S_v O_c^T", "2 C"),
     Row("**MFA-KR**", "mfa_kr", {}, "S_q Q_c S_k^T", "S_k (I + N^T diag(alpha)) O_c^T", "C"),
 ]

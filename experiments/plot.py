@@ -16,6 +16,7 @@ from pathlib import Path
 
 import copying
 import numpy as np
+import rounding
 import torch
 from bench_decode import grid_tables
 from hybrids import HYBRIDS
@@ -332,6 +333,12 @@ PARTS = {
 }
 
 
+def made_by(rows: dict[tuple, dict]) -> str:
+    """Where and by which commands lines of results were made."""
+    runs = [(row["device"], row["versions"]["torch"], row["commit"][:7], row["command"]) for row in rows.values()]
+    return "\n".join(f"{on}, torch {torch}, commit {at}, `{how}`." for on, torch, at, how in dict.fromkeys(runs))
+
+
 def copying_part(rows: dict[tuple[str, int], dict]) -> str:
     body, given_up = [], max(row["of"] for row in rows.values())
 
@@ -342,9 +349,13 @@ def copying_part(rows: dict[tuple[str, int], dict]) -> str:
         params = next(row["params"] for (name, _), row in rows.items() if name == arm)
         each = ", ".join(map(text, steps))
         body.append([copying.ARMS[arm].name, f"{params:,}", str(len(steps)), text(statistics.median_high(steps)), each])
-    runs = [(row["device"], row["versions"]["torch"], row["commit"][:7], row["command"]) for row in rows.values()]
-    where = "\n".join(f"{on}, torch {torch}, commit {at}, `{how}`." for on, torch, at, how in dict.fromkeys(runs))
-    return table(["", "parameters", "seeds", "median step", "each seed's"], body) + "\n\n" + where
+    return table(["", "parameters", "seeds", "median step", "each seed's"], body) + "\n\n" + made_by(rows)
+
+
+def rounding_part(rows: dict[tuple[str, float], dict]) -> str:
+    body = [[rounding.ARMS[arm].name, f"{lr:g}", *rounding.summary(row)] for (arm, lr), row in rows.items()]
+    head = ["", "peak lr", "gradient off by, median", "most", "its norm by, most", "last loss"]
+    return table(head, body) + "\n\n" + made_by(rows)
 
 
 def fill(text: str, parts: dict[str, str]) -> str:
@@ -522,6 +533,8 @@ def main(args: Args) -> None:
     plots = {name: plot(results) for name, plot in PLOTS.items()}
     if rows := copying.read(args.results.with_name(copying.RESULTS.name)):
         parts["copying"], plots["copying"] = copying_part(rows), copying_plot(rows)
+    if rows := rounding.read(args.results.with_name(rounding.RESULTS.name)):
+        parts["rounding"] = rounding_part(rows)
     for name, figure in plots.items():
         path = args.results.with_name(f"{name}.png")
         if figure:

@@ -236,7 +236,7 @@ def test_the_table_counts(tmp_path):
     table = figures.table(tmp_path)  # an empty folder: nothing was measured
     assert line(table, "MHA")[4:] == ["163,840 (100%)", "336M", "not measured", "not measured"]
     assert line(table, "**MFA-KR**")[4:] == ["10,240 (6.25%)", "187M", "not measured", "not measured"]
-    assert line(table, "MLA, one latent")[4] == "23,040 (14.06%)"  # Figure 1's, in design and paper
+    assert line(table, "MLA, DeepSeek-V2-Lite's")[4] == "23,040 (14.06%)"  # Figure 1's, in design and paper
     assert "Perplexity" not in table and "Tokens/s" not in table
 
 
@@ -245,7 +245,7 @@ def test_the_table_takes_what_was_measured(results):
     assert line(table, "**MFA**")[6:] == ["42.00 ± 1.41 (at 12.5%)", "6,500"]  # the better rate, the nearer cache
     assert line(table, "MHA")[6:] == ["50.00 (at 100%)", "1,000"]
     assert line(table, "**MFA-KR**")[6:] == ["60.00, 1 of 2 did not train (at 6.25%)", "pre 7,000, post 8,000"]
-    assert line(table, "MLA, one latent")[6:] == ["not measured", "not measured"]  # the study's had two latents
+    assert line(table, "MLA, DeepSeek-V2-Lite's")[6:] == ["not measured", "not measured"]  # the study's had two latents
     assert line(table, "MQA")[6:] == ["not measured", "not measured"]
     assert (
         "pg-books-bpe8192, 29.9M parameters, 65.5M tokens a run" in table and "batch 32, context 16,384, on one a GPU" in table

@@ -13,6 +13,7 @@ from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 import copying
 import plot
 import pytest
+import rounding
 import run
 import studies
 import torch
@@ -20,9 +21,9 @@ from runs import ROOT, command
 from studies import CORE, FIGURE1, FIGURE3, GRID, STUDIES, Run, best, made, queue, read_results, run_for, run_of
 from torch import nn
 
-from mfa import Config
+from mfa import GPT, Config
 from prepare_data import BadInput, prepare
-from train import count_params, evaluate, window
+from train import count_params, evaluate, loss_function, window
 
 EVERYTHING = [(study, arm) for study, arms in STUDIES.items() for arm in arms]
 
@@ -196,15 +197,24 @@ def test_compiled_runs_give_the_same_losses(folder, monkeypatch):
     assert found["no"]["val_loss"] == found["blocks"]["val_loss"]
 
 
-def test_a_step_whose_gradient_is_not_that_of_eager_code_ends_the_run(folder, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_whose_gradient_is_not_that_of_eager_code_ends_the_run(folder, monkeypatch, dtype):
     def faulty(model, *rest):
         loss_of, weight = compiled_loss(model, *rest), model.blocks[0].attn.o.weight
         return lambda tokens: loss_of(tokens) + next(wrong) * (weight - weight.detach()).sum()
 
-    compiled_loss, wrong = run.compiled_loss, itertools.cycle((0, 0.1))  # eagerly first, then the step itself
+    compiled_loss, wrong = run.compiled_loss, itertools.cycle((0, 0, 0.2))  # eagerly first, twice, then the step itself
     monkeypatch.setattr(run, "compiled_loss", faulty)
-    with pytest.raises(RuntimeError, match="step 1: loss and gradient norm are .*, run eagerly .*after it, eagerly in torch.float32"):
+    monkeypatch.setattr(run, "pick_dtype", lambda name, device: dtype)
+    with pytest.raises(RuntimeError, match=f"step 1: loss and gradient norm are .*, run eagerly .*, where rounding to {dtype}"):
         run.train_run(toy(max_iters=2), folder, "cpu", val_tokens=1025)
+
+
+def test_a_run_says_how_far_rounding_moves_its_gradient(folder, monkeypatch):
+    assert run.train_run(toy(max_iters=2), folder, "cpu", val_tokens=1025)["rounding"] == [[1, 0.0], [2, 0.0]]  # in float32
+    monkeypatch.setattr(run, "pick_dtype", lambda name, device: torch.bfloat16)
+    found = run.train_run(toy(max_iters=2), folder, "cpu", val_tokens=1025)
+    assert [step for step, _ in found["rounding"]] == [1, 2] and all(2**-12 < off < 2**-4 for _, off in found["rounding"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,7 +395,7 @@ def test_the_readme_shows_the_committed_results(tmp_path):
     """python experiments/plot.py was run after the last change of results, tables or arms."""
     readme, results = tmp_path / "README.md", tmp_path / "results" / "study.jsonl"
     results.parent.mkdir()
-    for name in ("study.jsonl", "decode.json", "copying.jsonl"):
+    for name in ("study.jsonl", "decode.json", "copying.jsonl", "rounding.jsonl"):
         shutil.copy(studies.RESULTS.with_name(name), results.with_name(name))
     shutil.copy(ROOT / "experiments" / "README.md", readme)
     assert command(plot.main, plot.Args, [f"--results={results}", f"--readme={readme}"]) == 0
@@ -405,7 +415,7 @@ def test_order_names_the_pairs_that_differ():
     table = plot.main_table(plot.Results(rows), "table4")
     assert "1 of 1 did not train" in table and table.count("not made") == 2
     assert plot.against(plot.Results(rows), "table4", "mfa", "mha")[3:] == ["-0.1000", "in 0 of 1 seeds"]
-    assert plot.against(plot.Results(rows), "table4", "mfa", "proj")[1:] == ["+ extra value projection", "6.25%", "–", "not made"]
+    assert plot.against(plot.Results(rows), "table4", "mfa", "proj")[3:] == ["–", "not made"]
 
 
 def test_a_run_that_did_not_train_is_counted_and_not_averaged():
@@ -499,3 +509,35 @@ def test_copying_goes_on_where_it_stopped(tmp_path, capsys):
     assert "| > 2 | > 2 |" in plot.copying_part(rows) and len(plot.copying_plot(rows).axes) == 1
     assert command(copying.main, copying.Args, [*flags, "--seeds=0"]) == 2
     assert "--seeds must be at least 1, not 0" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounding
+
+
+def test_the_gradient_is_that_of_a_step_and_bfloat16_moves_it_a_little():
+    torch.manual_seed(0)
+    model = GPT(Config(vocab_size=11, block_size=16, n_layer=1, dim=32, head_dim=8, ffn_dim=32))
+    loss_of, tokens = loss_function(model, model, torch.bfloat16, False, False), torch.randint(11, (4, 17))
+    loss, g32 = run.gradient(model, loss_of, tokens, torch.float32)
+    want = torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:])[1], list(model.parameters()))
+    assert torch.equal(g32, torch.cat([g.flatten() for g in want])) and loss == loss_of(tokens).item()
+    off = (run.gradient(model, loss_of, tokens, torch.bfloat16)[1] - g32).norm() / g32.norm()
+    assert 2**-12 < off < 2**-4
+
+
+def test_rounding_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rounding, "SIZE", dict(block_size=16, n_layer=1, dim=32, head_dim=8, rope_dim=4, ffn_dim=88))
+    monkeypatch.setattr(rounding, "ARMS", {arm: rounding.ARMS[arm] for arm in ("mha", "mqa")})
+    flags = [f"--results={tmp_path / 'rounding.jsonl'}", "--steps=50"]
+    assert command(rounding.main, rounding.Args, flags) == 0
+    assert "4 runs to make, 0 are made" in capsys.readouterr().out
+    rows = rounding.read(tmp_path / "rounding.jsonl")
+    assert list(rows) == [(arm, lr) for lr in rounding.RATES for arm in ("mha", "mqa")]
+    for row in rows.values():
+        assert [step for step, *_ in row["curve"]] == [25, 50]
+        assert all(abs(norm) <= off + 1e-4 for _, _, off, norm in row["curve"])  # the triangle's inequality
+    assert command(rounding.main, rounding.Args, flags) == 0 and "0 runs to make, 4 are made" in capsys.readouterr().out
+    assert plot.rounding_part(rows).count("\n| M") == 4
+    assert command(rounding.main, rounding.Args, [flags[0], "--steps=24"]) == 2
+    assert "--steps must be at least 25" in capsys.readouterr().err
