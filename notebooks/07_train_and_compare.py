@@ -16,7 +16,7 @@
 # 3. predict the size of an attention's first scores from its shapes, and test whether it matters;
 # 4. read Figure 1 of the paper with error bars in mind.
 #
-# **Time:** 50 minutes, exercises included. It runs in less than 45 seconds. **Before:** 04 (MFA). 03 (MLA) and 05 (key reuse)
+# **Time:** 50 minutes, exercises included. It runs in less than a minute. **Before:** 04 (MFA). 03 (MLA) and 05 (key reuse)
 # help.
 
 # %%
