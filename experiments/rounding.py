@@ -2,8 +2,8 @@
 
 Small models learn the embedded Shakespeare in float32. Every 25 steps the gradient of the batch that comes next is computed
 twice by the same eager code on a CPU, in float32 and under bfloat16's autocast, and compared: |g16 - g32| / |g32|. What differs
-is rounding and nothing else; no GPU's kernel is involved. run.py, which stops a run whose gradient is not that of other kernels,
-has to allow for it.
+is rounding and nothing else; no GPU's kernel is involved. run.py, which stops a run whose gradient is not that of other
+kernels, has to allow for it.
 
 A run takes about a minute; each appends its line to results/rounding.jsonl as it ends, and one whose line is there is not made
 again. plot.py shows them.
