@@ -389,7 +389,8 @@ print("" if figure1 else "No runs yet. The paper: MFA below MHA, MHA below MFA-K
 # The remaining comparisons, in one table: those behind Tables 3 to 6, the reading of the rotated key (`question_a`, notebook
 # 05), the init at two larger widths (`question_b`, the trap above), and what MFA's distance from MHA depends on (`why`). A
 # number without ± is a single run, with ± it is of three, and a small difference to either means nothing; where only one rate
-# was tried, a difference may be the rate's. Figure 3 and the effect of length are curves, and are shown in `experiments/README.md`.
+# was tried, a difference may be the rate's. Figure 3 and the effect of length are curves, and are shown in
+# `experiments/README.md`.
 
 # %%
 for study in ("table3", "table4", "table5", "table6", "question_a", "question_b", "why"):
