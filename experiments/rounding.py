@@ -3,7 +3,8 @@
 Small models learn the embedded Shakespeare in float32. Every 25 steps the gradient of the batch that comes next is computed
 twice by the same eager code on a CPU, in float32 and under bfloat16's autocast, and compared: |g16 - g32| / |g32|. What differs
 is rounding and nothing else; no GPU's kernel is involved. run.py, which stops a run whose gradient is not that of other
-kernels, has to allow for it.
+kernels, has to allow for it. Beside it stands how far the scores of one query are apart: bfloat16 has three digits, so scores
+near 100 are rounded by up to a quarter, and the weights with them.
 
 A run takes about a minute; each appends its line to results/rounding.jsonl as it ends, and one whose line is there is not made
 again. plot.py shows them.
@@ -18,8 +19,9 @@ import torch
 from provenance import ROOT, provenance
 from run import append, gradient, without_rest
 from studies import MFA, MHA, MQA, Arm, read_lines
+from torch import Tensor
 
-from mfa import GPT, Config
+from mfa import GPT, Attention, Config
 from prepare_data import BadInput, load, prepare, run_command
 from train import (
     Train,
@@ -58,8 +60,31 @@ class Args:
     """File of the results."""
 
 
+@torch.no_grad()
+def score_range(model: GPT, tokens: Tensor) -> float:
+    """The largest difference between two scores of one query, over the layers, heads and positions of tokens (B, T)."""
+
+    def watched(attn: Attention):
+        def attend(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+            scores = attn.scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT  # (B, n, T, T)
+            future = torch.ones_like(scores[0, 0]).triu(1).bool()
+            largest, least = scores.masked_fill(future, -torch.inf).amax(-1), scores.masked_fill(future, torch.inf).amin(-1)
+            found.append((largest - least).max().item())
+            return type(attn).attend(attn, q, k, v, pos)
+
+        return attend
+
+    found: list[float] = []
+    for block in model.blocks:
+        block.attn.attend = watched(block.attn)
+    model(tokens)
+    for block in model.blocks:
+        del block.attn.attend
+    return max(found)
+
+
 def train_run(arm: str, lr: float, steps: int) -> dict:
-    """curve: [[step, loss in float32, |g16 - g32| / |g32|, |g16| / |g32| - 1], ...]"""
+    """curve: [[step, loss in float32, |g16 - g32| / |g32|, |g16| / |g32| - 1, range of a query's scores], ...]"""
     device, began = torch.device("cpu"), time.perf_counter()
     keep_memory(device)
     ids, _, meta = load(prepare())
@@ -79,7 +104,8 @@ def train_run(arm: str, lr: float, steps: int) -> dict:
         loss, g32 = gradient(model, loss_of, tokens, torch.float32)
         if step % EVERY == EVERY - 1:
             off, norm = ((g16 - g32).norm() / g32.norm()).item(), (g16.norm() / g32.norm()).item() - 1
-            curve.append([step + 1, round(loss.item(), 4), round(off, 4), round(norm, 4)])
+            scores = score_range(model, tokens[:, :-1])
+            curve.append([step + 1, round(loss.item(), 4), round(off, 4), round(norm, 4), round(scores, 2)])
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
     return dict(curve=curve, params=g32.numel(), of=steps, seconds=round(time.perf_counter() - began, 1))
@@ -87,14 +113,15 @@ def train_run(arm: str, lr: float, steps: int) -> dict:
 
 def read(path: Path) -> dict[tuple[str, float], dict]:
     """The results, by arm and learning rate."""
-    rows = read_lines(path, "rounding.py", lambda row: (row["arm"], row["lr"], row["curve"][0][3]))
+    rows = read_lines(path, "rounding.py", lambda row: (row["arm"], row["lr"], row["curve"][0][4]))
     return {(row["arm"], row["lr"]): row for row in rows}
 
 
 def summary(row: dict) -> list[str]:
-    """Median and largest distance, largest difference of the norms, and the last loss, of a line of the results."""
-    off, norm = [point[2] for point in row["curve"]], [abs(point[3]) for point in row["curve"]]
-    return [f"{statistics.median(off):.1%}", f"{max(off):.1%}", f"{max(norm):.1%}", f"{row['curve'][-1][1]:.2f}"]
+    """Median and largest distance, largest difference of the norms, median range of the scores, last loss, of a line."""
+    _, loss, off, norm, scores = zip(*row["curve"], strict=True)
+    median, most = f"{statistics.median(off):.1%}", f"{max(off):.1%}"
+    return [median, most, f"{max(map(abs, norm)):.1%}", f"{statistics.median(scores):.0f}", f"{loss[-1]:.2f}"]
 
 
 def main(args: Args) -> None:
@@ -108,7 +135,7 @@ def main(args: Args) -> None:
     for n, (arm, lr) in enumerate(left, 1):
         row = dict(arm=arm, lr=lr, **train_run(arm, lr, args.steps), **origin)
         append(args.results, row)
-        text = "gradient off by {} (median), {} (most), its norm by {}, loss {}".format(*summary(row))
+        text = "gradient off by {} (median), {} (most), its norm by {}, scores apart by {}, loss {}".format(*summary(row))
         print(f"{n:3}/{len(left)}  {ARMS[arm].name:43} lr {lr:g}  {text}  {row['seconds']:.0f} s", flush=True)
     print(f"{args.results}\nnext: python experiments/plot.py")
 

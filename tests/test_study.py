@@ -530,6 +530,19 @@ def test_the_gradient_is_that_of_a_step_and_bfloat16_moves_it_a_little():
     assert 2**-12 < off < 2**-4
 
 
+@pytest.mark.parametrize("attn", ["mha", "mqa"])
+def test_the_range_of_the_scores_is_that_of_eq_1(attn):
+    torch.manual_seed(0)
+    model = GPT(Config(attn=attn, vocab_size=11, block_size=8, n_layer=1, dim=32, head_dim=8, ffn_dim=32, init_std=0.5))
+    attn, tokens = model.blocks[0].attn, torch.randint(11, (2, 6))
+    x, seen = model.blocks[0].attn_norm(model.embed(tokens)), []
+    for i in range(6):
+        y = torch.stack([torch.einsum("bh,chk,bk->bc", x[:, i], attn.qk_circuit(i - j), x[:, j]) for j in range(i + 1)])
+        seen.append((attn.scale * (y.amax(0) - y.amin(0))).max().item())
+    assert rounding.score_range(model, tokens) == pytest.approx(max(seen), rel=1e-5)
+    assert "attend" not in vars(attn)  # as it was
+
+
 def test_rounding_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rounding, "SIZE", dict(block_size=16, n_layer=1, dim=32, head_dim=8, rope_dim=4, ffn_dim=88))
     monkeypatch.setattr(rounding, "ARMS", {arm: rounding.ARMS[arm] for arm in ("mha", "mqa")})
@@ -540,7 +553,7 @@ def test_rounding_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert list(rows) == [(arm, lr) for lr in rounding.RATES for arm in ("mha", "mqa")]
     for row in rows.values():
         assert [step for step, *_ in row["curve"]] == [25, 50]
-        assert all(abs(norm) <= off + 1e-4 for _, _, off, norm in row["curve"])  # the triangle's inequality
+        assert all(abs(norm) <= off + 1e-4 for _, _, off, norm, _ in row["curve"])  # the triangle's inequality
     assert command(rounding.main, rounding.Args, flags) == 0 and "0 runs to make, 4 are made" in capsys.readouterr().out
     assert plot.rounding_part(rows).count("\n| M") == 4
     assert command(rounding.main, rounding.Args, [flags[0], "--steps=24"]) == 2
