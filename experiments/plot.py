@@ -354,15 +354,7 @@ def copying_part(rows: dict[tuple[str, int], dict]) -> str:
 
 def rounding_part(rows: dict[tuple[str, float], dict]) -> str:
     body = [[rounding.ARMS[arm].name, f"{lr:g}", *rounding.summary(row)] for (arm, lr), row in rows.items()]
-    head = [
-        "",
-        "peak lr",
-        "gradient off by, median",
-        "most",
-        "its norm by, most",
-        "range of a query's scores, median",
-        "last loss",
-    ]
+    head = ["", "peak lr", "gradient off by, median", "most", "its norm by, most", "range of scores, median", "last loss"]
     return table(head, body) + "\n\n" + made_by(rows)
 
 

@@ -3,8 +3,8 @@
 Small models learn the embedded Shakespeare in float32. Every 25 steps the gradient of the batch that comes next is computed
 twice by the same eager code on a CPU, in float32 and under bfloat16's autocast, and compared: |g16 - g32| / |g32|. What differs
 is rounding and nothing else; no GPU's kernel is involved. run.py, which stops a run whose gradient is not that of other
-kernels, has to allow for it. Beside it stands how far the scores of one query are apart: bfloat16 has three digits, so scores
-near 100 are rounded by up to a quarter, and the weights with them.
+kernels, has to allow for it. Beside it stands how far the scores of one query are apart, at most: the larger scores are, the
+more does rounding of queries and keys move the weights.
 
 A run takes about a minute; each appends its line to results/rounding.jsonl as it ends, and one whose line is there is not made
 again. plot.py shows them.
