@@ -75,8 +75,7 @@ def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def config(arm: str) -> Config:
-    cfg = Config(**SIZE, **ARMS[arm].model)
-    return cfg if cfg.attn == "mha" else match_params(cfg)
+    return match_params(Config(**SIZE, **ARMS[arm].model))
 
 
 def train_run(arm: str, seed: int, steps: int) -> dict:

@@ -73,9 +73,9 @@ class Results:
         runs = [run_for(study, arm, times, seed, self.toy) for seed in SEEDS]
         return [self.done[run] for run in runs if run in self.done]
 
-    def trained(self, study: str, arm: str, times: float | None = None) -> list[dict]:
-        """Those of them that trained."""
-        return [row for row in self.of(study, arm, times) if not untrained(row)]
+    def trained(self, study: str, arm: str) -> list[dict]:
+        """Those of them, at the best learning rate, that trained."""
+        return [row for row in self.of(study, arm) if not untrained(row)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -89,8 +89,7 @@ def train_run(arm: str, lr: float, steps: int) -> dict:
     keep_memory(device)
     ids, _, meta = load(prepare())
     ids = as_tensor(ids, device)
-    cfg = Config(vocab_size=meta["vocab_size"], **SIZE, **ARMS[arm].model)
-    cfg = cfg if cfg.attn == "mha" else match_params(cfg)
+    cfg = match_params(Config(vocab_size=meta["vocab_size"], **SIZE, **ARMS[arm].model))
     args = Train(model=cfg, batch_size=8, max_iters=1000, learning_rate=lr, warmup_iters=50, seed=0)
     torch.manual_seed(args.seed)
     model, curve = GPT(cfg).train(), []
@@ -99,10 +98,11 @@ def train_run(arm: str, lr: float, steps: int) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         tokens = window(ids, batch_starts(args, step, len(ids)), cfg.block_size + 1, device)  # (B, T + 1)
-        if step % EVERY == EVERY - 1:
+        look = step % EVERY == EVERY - 1
+        if look:
             g16 = gradient(model, loss_of, tokens, torch.bfloat16)[1]
         loss, g32 = gradient(model, loss_of, tokens, torch.float32)
-        if step % EVERY == EVERY - 1:
+        if look:
             off, norm = ((g16 - g32).norm() / g32.norm()).item(), (g16.norm() / g32.norm()).item() - 1
             scores = score_range(model, tokens[:, :-1])
             curve.append([step + 1, round(loss.item(), 4), round(off, 4), round(norm, 4), round(scores, 2)])

@@ -243,7 +243,7 @@ def settle(study: str, arm: str, toy: bool = False) -> tuple[Config, int, int, f
         fields |= dict(vocab_size=257, n_layer=2, block_size=fields["block_size"] // 16)
         fields |= {k: v // 8 for k, v in fields.items() if k.endswith(("dim", "q_rank"))}
     cfg = Config(**fields)
-    return match_params(cfg) if a.matched and cfg.attn != "mha" else cfg, batch_size, max_iters, lr
+    return match_params(cfg) if a.matched else cfg, batch_size, max_iters, lr
 
 
 def run_for(study: str, arm: str, times: float | None, seed: int, toy: bool = False) -> Run:

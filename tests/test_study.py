@@ -198,12 +198,19 @@ def test_compiled_runs_give_the_same_losses(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_whose_gradient_is_not_that_of_eager_code_ends_the_run(folder, monkeypatch, dtype):
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_a_step_whose_gradient_is_not_that_of_eager_code_ends_the_run(folder, monkeypatch, dtype, what):
     def faulty(model, *rest):
         loss_of, weight = compiled_loss(model, *rest), model.blocks[0].attn.o.weight
-        return lambda tokens: loss_of(tokens) + next(wrong) * (weight - weight.detach()).sum()
 
-    compiled_loss, wrong = run.compiled_loss, itertools.cycle((0, 0, 0, 0.2))  # eagerly, eagerly in two parts, the step
+        def with_fault(tokens):
+            loss = loss_of(tokens)
+            fault = (weight - weight.detach()).sum() if what == "gradient" else 0.6 * loss.detach()  # 6%, where 5 are allowed
+            return loss + next(wrong) * fault
+
+        return with_fault
+
+    compiled_loss, wrong = run.compiled_loss, itertools.cycle((0, 0, 0, 0.1))  # eagerly, eagerly in two parts, the step
     monkeypatch.setattr(run, "compiled_loss", faulty)
     monkeypatch.setattr(run, "pick_dtype", lambda name, device: dtype)
     with pytest.raises(RuntimeError, match=f"step 1: loss and gradient norm are .*, run eagerly .*, where rounding to {dtype}"):
