@@ -23,7 +23,6 @@ from hybrids import HYBRIDS
 from matplotlib.figure import Figure
 from provenance import ROOT, read_json
 from studies import (
-    BEST,
     BEYOND,
     FIGURE1,
     FIGURE3,
@@ -50,7 +49,7 @@ from studies import (
 from prepare_data import BadInput, run_command
 from train import cache_bytes, mha_of, write_atomically
 
-GRIDDED = {study for study, _, rates, _ in QUEUE if rates == BEST}
+GRIDDED = {study for study, _, rates, _ in QUEUE if rates == GRID}
 ATTENTIONS = (("mha", "MHA"), ("mfa", "MFA"), ("mfa_kr", "MFA-KR"))
 SCALED = (*ATTENTIONS, ("mfa_half", "MFA, query rank dim/2"))
 T95 = {2: 4.303, 3: 3.182, 4: 2.776}  # Student's t of a two-sided 95% interval, by degrees of freedom
@@ -170,10 +169,10 @@ def against(results: Results, study: str, one: str, other: str) -> list[str]:
 def status(results: Results) -> str:
     body = []
     for study in STUDIES:
-        tasks = [task.run for task in queue(results.done, study, results.toy)]
+        tasks = [task.run for task in queue(study, results.toy)]
         lost = sum(untrained(results.done[run]) for run in tasks if run in results.done)
         body.append([study, str(len(tasks)), str(sum(run in results.done for run in tasks)), str(lost)])
-    runs = [task.run for task in queue(results.done, "all", results.toy)]
+    runs = [task.run for task in queue("all", results.toy)]
     shared = f"Together {len(runs)} runs, since studies share some; {sum(run in results.done for run in runs)} are made."
     return table(["study", "runs", "made", "of them did not train"], body) + "\n\n" + shared
 
@@ -209,7 +208,7 @@ def table_part(study: str):
 
 
 def question_a_part(results: Results) -> str:
-    planned, both = {task.run for task in queue({}, "question_a", results.toy)}, GRID[1:]
+    planned, both = {task.run for task in queue("question_a", results.toy)}, GRID[1:]
     body = []
     for arm, a in QUESTION_A.items():
         wanted = [run_for("question_a", arm, times, 0, results.toy) in planned for times in both]

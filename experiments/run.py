@@ -294,16 +294,14 @@ def estimate(run: Run, rows: list[dict], args: Args, device: str) -> float:
 
 
 def show(task: Task) -> str:
-    lr = "best lr" if task.run.lr is None else f"lr {task.run.lr:.2g}"
-    return f"{task.study:10} {task.arm:20} {lr:10} seed {task.run.seed}"
+    return f"{task.study:10} {task.arm:20} lr {task.run.lr:<7.2g} seed {task.run.seed}"
 
 
 def print_queue(args: Args, rows: list[dict], dataset: str, device: str) -> None:
     done, total = made(rows, dataset), 0.0
-    for i, task in enumerate(queue(done, args.study, args.smoke), 1):
+    for i, task in enumerate(queue(args.study, args.smoke), 1):
         row, seconds = done.get(task.run), estimate(task.run, rows, args, device)
         state = f"{seconds:5.0f} s" if row is None else "diverged" if row["diverged"] else f"loss {row['val_loss']:.4f}"
-        state += ", waits for its learning rates" if task.run.lr is None else ""
         total += seconds * (row is None)
         print(f"{i:4}  {show(task)}  {state}")
     print(f"still to make: about {total / len(devices_of(args.device)) / 60:.0f} minutes")
@@ -384,8 +382,8 @@ def main(args: Args) -> None:
         """The first run of the queue that is not made, can be, and fits into the time."""
         done, busy = made(rows, dataset), failed | {task.run for task, _ in going.values()}
         before = sum(seconds(task.run) for task, place in going.values() if place == device)  # their turns come first
-        for task in queue(done, args.study, args.smoke):
-            if task.run.lr is not None and task.run not in done and task.run not in busy:
+        for task in queue(args.study, args.smoke):
+            if task.run not in done and task.run not in busy:
                 if time.perf_counter() - began + before + seconds(task.run) <= args.limit_seconds:
                     return task
         return None
@@ -414,7 +412,7 @@ def main(args: Args) -> None:
                 append(path, row)
                 outcome = "diverged" if row["diverged"] else f"loss {row['val_loss']:.4f}  perplexity {row['ppl']:.2f}"
                 print(f"{show(task)}  {outcome}  {row['seconds']:.0f} s", flush=True)
-    left = sum(task.run not in made(rows, dataset) for task in queue(made(rows, dataset), args.study, args.smoke))
+    left = sum(task.run not in made(rows, dataset) for task in queue(args.study, args.smoke))
     print(f"{len(rows)} results in {path}, {left} runs still to make\nnext: python experiments/plot.py")
     if failed:
         raise SystemExit(1)

@@ -47,7 +47,6 @@ SIZES = {
 SEEDS = (0, 1, 2)
 GRID = (5 / 7, 1, 10 / 7)  # peak learning rates, times the size's lr: at 30M 1e-3, 1.4e-3, 2e-3
 BEYOND = 20 / 7  # 4e-3 was tried for the first three arms and is far too much
-BEST = "best"  # the one of the grid with the lowest loss over the seeds that all three have, known once seed 0 has all three
 
 
 class Arm(NamedTuple):
@@ -168,46 +167,18 @@ LENGTH = {
 STUDIES = dict(figure1=FIGURE1, table4=TABLE4, question_a=QUESTION_A, question_b=QUESTION_B, why=WHY, table3=TABLE3,
                table6=TABLE6, table5=TABLE5, length=LENGTH, figure3=FIGURE3)  # fmt: skip
 
-# What is trained first: the arms that the claims rest on at the likeliest learning rate, then its neighbours, then the other
-# seeds at the best of the three; then one seed of Table 4, question A and the smaller studies, then the rates and seeds that
-# are left, in order of importance. Last what three seeds of all have shown to be wanted: MHA's best rate by seed 0 is not its
-# best by three, so the arms of the claims get all seeds at all rates, then the other arms of Figure 1; Tables 3 and 5, whose
-# order is not the paper's, get the grid too; and what explains Figure 1 gets seeds. (study, arms, learning rates, seeds)
+# What is trained first: the arms that the claims rest on, then Table 4, question A and the rest of Figure 1, with all their
+# seeds; one seed of everything; the other seeds. (study, arms, learning rates as multiples of the size's, seeds)
 ROTATED = ("pre", "post", "inverse")
-CLAIMS = ("mha", "mfa", "mfa_2d", "mfa_half", "gqa2", "mqa", "mla_joint", "mfa_kr")
-REST = ("table3", "table6", "table5", "length")
-LARGE = tuple(arm for arm in FIGURE3 if FIGURE3[arm].size == "60M")  # four times as long as the others
-SMALLER = tuple(arm for arm in FIGURE3 if arm not in LARGE)
-QUICK = tuple(arm for arm in SMALLER if FIGURE3[arm].size != "MoE")  # experts are not compiled, and take three times as long
 QUEUE = [
     ("figure1", CORE, (1,), (0,)),
-    ("figure1", CORE, GRID, (0,)),
-    ("why", ("mfa_full", "mfa_quarter"), (1,), (0,)),  # copying.py makes the query rank a suspect
-    ("figure1", CORE, BEST, (1, 2)),
-    ("table4", TABLE4, (1,), (0,)),
-    ("question_a", ROTATED, (1,), (0,)),
-    *((study, STUDIES[study], (1,), (0,)) for study in REST),
-    ("figure3", SMALLER, (1,), (0,)),
-    ("why", ("mha_16", "gqa4_16", "gqa2_16", "mqa_16"), (1,), (0,)),
-    ("table4", TABLE4, GRID, (0,)),
-    ("table4", TABLE4, BEST, (1, 2)),
+    ("figure1", CORE, GRID, SEEDS),
+    ("table4", TABLE4, GRID, SEEDS),
     ("question_a", ROTATED, GRID[1:], SEEDS),
-    ("figure3", LARGE, (1,), (0,)),
-    ("figure1", FIGURE1, GRID, (0,)),
-    ("figure1", FIGURE1, BEST, (1, 2)),
-    ("why", WHY, (1,), (0,)),
-    ("question_b", ("mfa_30m_vo", "mha_30m_vo", "mfa_7m_vo", "mha_7m_vo"), (1,), (0,)),
-    ("question_b", QUESTION_B, (1,), (0,)),
-    ("question_a", ("none",), (1,), (0,)),
-    ("question_b", tuple(arm for arm in QUESTION_B if arm.endswith(("scaled", "plain"))), (1,), (1, 2)),
-    *((study, STUDIES[study], (1,), (1, 2)) for study in REST),
-    ("figure3", QUICK, (1,), (1, 2)),
-    ("figure1", CLAIMS, GRID, (1, 2)),
-    *((study, STUDIES[study], GRID, (0,)) for study in ("table3", "table5")),
-    *((study, STUDIES[study], BEST, (1, 2)) for study in ("table3", "table5")),
-    ("figure1", FIGURE1, GRID, (1, 2)),
-    *((study, STUDIES[study], GRID, (1, 2)) for study in ("table3", "table5")),
-    ("why", ("mfa_full", "mfa_quarter", "mha_16", "gqa4_16", "gqa2_16", "mqa_16"), (1,), (1, 2)),
+    ("figure1", FIGURE1, GRID, SEEDS),
+    *((study, arms, (1,), (0,)) for study, arms in STUDIES.items()),
+    *((study, STUDIES[study], GRID, SEEDS) for study in ("table3", "table5")),
+    *((study, STUDIES[study], (1,), SEEDS) for study in ("table6", "length", "question_a", "why", "figure3", "question_b")),
 ]
 
 
@@ -223,7 +194,7 @@ class Run(NamedTuple):
     batch_size: int
     max_iters: int
     seed: int
-    lr: float | None  # None: the best, which is not known yet
+    lr: float
 
 
 class Task(NamedTuple):
@@ -246,10 +217,10 @@ def settle(study: str, arm: str, toy: bool = False) -> tuple[Config, int, int, f
     return match_params(cfg) if a.matched else cfg, batch_size, max_iters, lr
 
 
-def run_for(study: str, arm: str, times: float | None, seed: int, toy: bool = False) -> Run:
+def run_for(study: str, arm: str, times: float, seed: int, toy: bool = False) -> Run:
     """The run of an arm at `times` its middle learning rate."""
     cfg, batch_size, max_iters, lr = settle(study, arm, toy)
-    return Run(cfg, STUDIES[study][arm].build, batch_size, max_iters, seed, times and round(times * lr, 6))
+    return Run(cfg, STUDIES[study][arm].build, batch_size, max_iters, seed, round(times * lr, 6))
 
 
 def tried(study: str, arm: str, done: dict[Run, dict], toy: bool = False) -> dict[float, dict[int, float | None]]:
@@ -266,20 +237,15 @@ def best(study: str, arm: str, done: dict[Run, dict], toy: bool = False) -> floa
     return min(finite, key=finite.get, default=None)
 
 
-def queue(done: dict[Run, dict], study: str = "all", toy: bool = False) -> Iterator[Task]:
-    """Every run of a study, or of all, once, in order. Runs at a best learning rate that is not known yet have lr None."""
+def queue(study: str = "all", toy: bool = False) -> Iterator[Task]:
+    """Every run of a study, or of all, once, in order."""
     seen = set()
     for name, arms, rates, seeds in QUEUE:
         if study not in ("all", name):
             continue
         for seed in seeds:
             for arm in arms:
-                for times in (BEST,) if rates == BEST else rates:
-                    if times == BEST:
-                        known = len(tried(name, arm, done, toy)) == len(GRID)
-                        times = best(name, arm, done, toy) if known else None
-                        if known and times is None:  # all three diverged
-                            continue
+                for times in rates:
                     run = run_for(name, arm, times, seed, toy)
                     if run not in seen:
                         seen.add(run)
