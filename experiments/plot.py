@@ -351,9 +351,14 @@ def copying_part(rows: dict[tuple[str, int], dict]) -> str:
     return table(["", "parameters", "seeds", "median step", "each seed's"], body) + "\n\n" + made_by(rows)
 
 
-def rounding_part(rows: dict[tuple[str, float], dict]) -> str:
-    body = [[rounding.ARMS[arm].name, f"{lr:g}", *rounding.summary(row)] for (arm, lr), row in rows.items()]
-    head = ["", "peak lr", "gradient off by, median", "most", "its norm by, most", "range of scores, median", "last loss"]
+def rounding_part(rows: dict[tuple[str, float, str], dict]) -> str:
+    body = []
+    for arm, lr, dtype in rows:
+        if dtype == "float32":
+            trained = [rounding.summary(rows[at]) for at in ((arm, lr, dtype), (arm, lr, "bfloat16")) if at in rows]
+            body.append([rounding.ARMS[arm].name, f"{lr:g}", *trained[0], trained[1][-1] if trained[1:] else "–"])
+    head = ["", "peak lr", "gradient off by, median", "most", "its norm by, most", "range of scores, median"]
+    head += ["loss, trained in float32", "in bfloat16"]
     return table(head, body) + "\n\n" + made_by(rows)
 
 

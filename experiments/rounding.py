@@ -4,10 +4,11 @@ Small models learn the embedded Shakespeare in float32. Every 25 steps the gradi
 twice by the same eager code on a CPU, in float32 and under bfloat16's autocast, and compared: |g16 - g32| / |g32|. What differs
 is rounding and nothing else; no GPU's kernel is involved. run.py, which stops a run whose gradient is not that of other
 kernels, has to allow for it. Beside it stands how far the scores of one query are apart, at most: the larger scores are, the
-more does rounding of queries and keys move the weights.
+more does rounding of queries and keys move the weights. Then the same models learn the same batches with bfloat16's gradients:
+do they end higher?
 
-A run takes about a minute; each appends its line to results/rounding.jsonl as it ends, and one whose line is there is not made
-again. plot.py shows them.
+A run takes one to three minutes; each appends its line to results/rounding.jsonl as it ends, and one whose line is there is
+not made again. plot.py shows them.
 """
 
 import statistics
@@ -36,7 +37,7 @@ from train import (
 )
 
 RESULTS = ROOT / "experiments" / "results" / "rounding.jsonl"
-STEPS, EVERY, RATES = 500, 25, (4e-3, 8e-3)
+STEPS, EVERY, RATES, DTYPES = 500, 25, (4e-3, 8e-3), (torch.float32, torch.bfloat16)
 SIZE = dict(block_size=256, n_layer=4, dim=128, head_dim=16, rope_dim=8, ffn_dim=352)
 MLA, MLA_HALF = dict(attn="mla", joint_kv=True, latent_dim=32), dict(attn="mla", joint_kv=True, latent_dim=64)
 ARMS = {  # fields of Config, on top of SIZE
@@ -52,7 +53,7 @@ ARMS = {  # fields of Config, on top of SIZE
 
 @dataclass
 class Args:
-    """Train small models in float32 and compare the gradient with bfloat16's on the way."""
+    """Train small models in float32 and in bfloat16 and compare the two gradients on the way."""
 
     steps: int = STEPS
     """Of each run."""
@@ -83,8 +84,11 @@ def score_range(model: GPT, tokens: Tensor) -> float:
     return max(found)
 
 
-def train_run(arm: str, lr: float, steps: int) -> dict:
-    """curve: [[step, loss in float32, |g16 - g32| / |g32|, |g16| / |g32| - 1, range of a query's scores], ...]"""
+def train_run(arm: str, lr: float, dtype: torch.dtype, steps: int) -> dict:
+    """dtype: of the gradients that it learns from.
+
+    curve: [[step, loss in float32, |g16 - g32| / |g32|, |g16| / |g32| - 1, range of a query's scores], ...]
+    """
     device, began = torch.device("cpu"), time.perf_counter()
     keep_memory(device)
     ids, _, meta = load(prepare())
@@ -98,30 +102,34 @@ def train_run(arm: str, lr: float, steps: int) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         tokens = window(ids, batch_starts(args, step, len(ids)), cfg.block_size + 1, device)  # (B, T + 1)
-        look = step % EVERY == EVERY - 1
-        if look:
-            g16 = gradient(model, loss_of, tokens, torch.bfloat16)[1]
-        loss, g32 = gradient(model, loss_of, tokens, torch.float32)
-        if look:
+        if step % EVERY == EVERY - 1:
+            (_, g16), (loss, g32) = (gradient(model, loss_of, tokens, each) for each in (torch.bfloat16, torch.float32))
             off, norm = ((g16 - g32).norm() / g32.norm()).item(), (g16.norm() / g32.norm()).item() - 1
             scores = score_range(model, tokens[:, :-1])
             curve.append([step + 1, round(loss.item(), 4), round(off, 4), round(norm, 4), round(scores, 2)])
+        gradient(model, loss_of, tokens, dtype)
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-    return dict(curve=curve, params=g32.numel(), of=steps, seconds=round(time.perf_counter() - began, 1))
+    params, seconds = sum(p.numel() for p in model.parameters()), round(time.perf_counter() - began, 1)
+    return dict(curve=curve, params=params, of=steps, seconds=seconds)
 
 
-def read(path: Path) -> dict[tuple[str, float], dict]:
-    """The results, by arm and learning rate."""
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read(path: Path) -> dict[tuple[str, float, str], dict]:
+    """The results, by arm, learning rate and the name of the dtype that it learned in (float32 where a line has none)."""
     rows = read_lines(path, "rounding.py", lambda row: (row["arm"], row["lr"], row["curve"][0][4]))
-    return {(row["arm"], row["lr"]): row for row in rows}
+    return {(row["arm"], row["lr"], row.get("dtype", "float32")): row for row in rows}
 
 
 def summary(row: dict) -> list[str]:
-    """Median and largest distance, largest difference of the norms, median range of the scores, last loss, of a line."""
+    """Median and largest distance, largest difference of the norms, median range of the scores, of a line, and its loss, the
+    mean of the last four looks."""
     _, loss, off, norm, scores = zip(*row["curve"], strict=True)
     median, most = f"{statistics.median(off):.1%}", f"{max(off):.1%}"
-    return [median, most, f"{max(map(abs, norm)):.1%}", f"{statistics.median(scores):.0f}", f"{loss[-1]:.2f}"]
+    return [median, most, f"{max(map(abs, norm)):.1%}", f"{statistics.median(scores):.0f}", f"{statistics.mean(loss[-4:]):.2f}"]
 
 
 def main(args: Args) -> None:
@@ -130,13 +138,14 @@ def main(args: Args) -> None:
     done, origin = read(args.results), provenance()
     args.results.parent.mkdir(parents=True, exist_ok=True)
     without_rest(args.results)
-    left = [(arm, lr) for lr in RATES for arm in ARMS if (arm, lr) not in done]
+    runs = [(arm, lr, dtype) for dtype in DTYPES for lr in RATES for arm in ARMS]
+    left = [(arm, lr, dtype) for arm, lr, dtype in runs if (arm, lr, name_of(dtype)) not in done]
     print(f"{len(left)} runs to make, {len(done)} are made", flush=True)
-    for n, (arm, lr) in enumerate(left, 1):
-        row = dict(arm=arm, lr=lr, **train_run(arm, lr, args.steps), **origin)
+    for n, (arm, lr, dtype) in enumerate(left, 1):
+        row = dict(arm=arm, lr=lr, dtype=name_of(dtype), **train_run(arm, lr, dtype, args.steps), **origin)
         append(args.results, row)
         text = "gradient off by {} (median), {} (most), its norm by {}, scores apart by {}, loss {}".format(*summary(row))
-        print(f"{n:3}/{len(left)}  {ARMS[arm].name:43} lr {lr:g}  {text}  {row['seconds']:.0f} s", flush=True)
+        print(f"{n:3}/{len(left)}  {ARMS[arm].name:43} lr {lr:g}, {row['dtype']:8}  {text}  {row['seconds']:.0f} s", flush=True)
     print(f"{args.results}\nnext: python experiments/plot.py")
 
 

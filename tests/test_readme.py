@@ -67,7 +67,7 @@ NOT_RUN = {
     "python experiments/run.py --study all --smoke": "tests/test_study.py does it",
     "python experiments/copying.py --jobs 1": "the same as the next one",
     "python experiments/copying.py --jobs 2": "half an hour; tests/test_study.py runs it for two steps",
-    "python experiments/rounding.py": "a quarter of an hour; tests/test_study.py runs it with small models",
+    "python experiments/rounding.py": "three quarters of an hour; tests/test_study.py runs it with small models",
     "python notebooks/build.py": "a minute and more; .ci/run executes every notebook",
     "python -m pytest --nbmake --nbmake-timeout=120 notebooks": ".ci/run does it",
 }

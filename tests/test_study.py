@@ -550,13 +550,16 @@ def test_rounding_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rounding, "ARMS", {arm: rounding.ARMS[arm] for arm in ("mha", "mqa")})
     flags = [f"--results={tmp_path / 'rounding.jsonl'}", "--steps=50"]
     assert command(rounding.main, rounding.Args, flags) == 0
-    assert "4 runs to make, 0 are made" in capsys.readouterr().out
+    assert "8 runs to make, 0 are made" in capsys.readouterr().out
     rows = rounding.read(tmp_path / "rounding.jsonl")
-    assert list(rows) == [(arm, lr) for lr in rounding.RATES for arm in ("mha", "mqa")]
+    dtypes = ("float32", "bfloat16")
+    assert list(rows) == [(arm, lr, dtype) for dtype in dtypes for lr in rounding.RATES for arm in ("mha", "mqa")]
+    ends = {rows["mha", lr, dtype]["curve"][-1][1] for lr in rounding.RATES for dtype in dtypes}
+    assert len(ends) == 4  # each is a training of its own
     for row in rows.values():
         assert [step for step, *_ in row["curve"]] == [25, 50]
         assert all(abs(norm) <= off + 1e-4 for _, _, off, norm, _ in row["curve"])  # the triangle's inequality
-    assert command(rounding.main, rounding.Args, flags) == 0 and "0 runs to make, 4 are made" in capsys.readouterr().out
+    assert command(rounding.main, rounding.Args, flags) == 0 and "0 runs to make, 8 are made" in capsys.readouterr().out
     assert plot.rounding_part(rows).count("\n| M") == 4
     assert command(rounding.main, rounding.Args, [flags[0], "--steps=24"]) == 2
     assert "--steps must be at least 25" in capsys.readouterr().err
