@@ -11,6 +11,7 @@ import os
 import re
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from studies import (
     SEEDS,
     STUDIES,
     VOCAB,
+    WHY,
     Run,
     best,
     build,
@@ -149,17 +151,21 @@ def order(results: Results, study: str) -> str:
     return text + (f" The other way round here: {'; '.join(other)}." if other else "")
 
 
-def against(results: Results, study: str, one: str, other: str) -> list[str]:
-    """A line of the table of differences: loss of other less that of one, each at its best learning rate."""
-    arms = STUDIES[study]
-    a, b = ({row["seed"]: row["val_loss"] for row in results.trained(study, arm)} for arm in (one, other))
-    share, text, verdict = on_paper(run_for(study, other, 1, 0, results.toy))[2], "–", "not made"
+def against(results: Results, one: tuple[str, str], other: tuple[str, str]) -> list[str]:
+    """A line of the table of differences: loss of other less that of one, each (study, arm), at its best learning rate."""
+    a, b = ({row["seed"]: row["val_loss"] for row in results.trained(*at)} for at in (one, other))
+    share, text, verdict = on_paper(run_for(*other, 1, 0, results.toy))[2], "–", "not made"
     if a and b:
         d, half = difference([*a.values()], [*b.values()])
         text = f"{d:z.4f}" + (f" ± {half:.4f}" if half is not None else "")
         seeds = a.keys() & b.keys()
         verdict = f"in {sum(b[seed] > a[seed] for seed in seeds)} of {len(seeds)} seeds"
-    return [arms[one].name, arms[other].name, f"{share:.2%}", text, verdict]
+    return [*(STUDIES[study][arm].name for study, arm in (one, other)), f"{share:.2%}", text, verdict]
+
+
+def differences(results: Results, pairs: Iterable[tuple[tuple[str, str], tuple[str, str]]]) -> str:
+    head = ["", "against", "whose cache is", "its loss less ours, nats (95%)", "ours is lower"]
+    return table(head, [against(results, *pair) for pair in pairs])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,9 +188,13 @@ def figure1_part(results: Results) -> str:
     pairs = [("mfa", arm) for arm in (*others, "mfa_kr")] + [("mfa_half", arm) for arm in (*others, "mfa")]
     pairs += [("mfa_2d", arm) for arm in ("mha", "gqa2", "gqa4", "mfa", "mfa_kr_2d")]
     pairs += [("mfa_kr", arm) for arm in ("mha", "gqa2", "mfa_kr_half")]
-    head = ["", "against", "whose cache is", "its loss less ours, nats (95%)", "ours is lower"]
-    claims = table(head, [against(results, "figure1", *pair) for pair in pairs])
+    claims = differences(results, ((("figure1", one), ("figure1", other)) for one, other in pairs))
     return "\n\n".join([main_table(results, "figure1"), order(results, "figure1"), claims])
+
+
+def heads_part(results: Results) -> str:
+    arms = [arm for arm in WHY if arm.endswith("_16")]
+    return differences(results, ((("figure1", one), ("why", arm)) for one in ("mfa", "mfa_half", "mfa_kr") for arm in arms))
 
 
 def grid_part(results: Results) -> str:
@@ -229,6 +239,21 @@ def question_b_part(results: Results) -> str:
         for std in (f"{0.02 * (2048 / dim) ** 0.5:.3f}", "0.02", "0.02 in attention", "0.02 in V, O")
     ]
     return table(["perplexity by init std", *heads], body)
+
+
+def checked_part(results: Results) -> str:
+    """Of the runs that say how far rounding moves their gradient: those where it is by more than 5% at some look."""
+    body, rest, asked = [], [], [row for row in results.done.values() if row.get("rounding")]
+    for row in asked:
+        off = [math.inf if off is None else off for _, off in row["rounding"]]
+        if max(off) > 0.05:
+            shares = (f"{part:.0%}" if part < math.inf else "not finite" for part in (off[0], max(off), off[-1]))
+            body.append([f"{row['study']}: {row['name']}", f"{row['lr']:.2g}", str(row["seed"]), *shares, outcome([row])])
+        else:
+            rest.append(max(off))
+    head = ["", "peak lr", "seed", "gradient off by, first look", "most", "last look", "perplexity"]
+    text = f"Rounding moves the gradient of the other {len(rest)} of {len(asked)} runs that were asked"
+    return table(head, body) + "\n\n" + text + (f" by {max(rest):.1%} at most." if rest else ".")
 
 
 def same_seeds(results: Results, study: str) -> dict[str, list[dict]]:
@@ -321,11 +346,13 @@ def context_part(results: Results) -> str:
 PARTS = {
     "status": status,
     "figure1": figure1_part,
+    "heads": heads_part,
     "grid": grid_part,
     **{study: table_part(study) for study in ("table3", "table4", "table5", "table6")},
     "figure3": figure3_part,
     "question_a": question_a_part,
     "question_b": question_b_part,
+    "checked": checked_part,
     "why": lambda results: main_table(results, "why"),
     "context": context_part,
     "length": length_part,

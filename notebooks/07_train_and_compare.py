@@ -301,10 +301,10 @@ plt.show()
 #
 # `experiments/run.py` trains models of 30M parameters for 65M tokens of books on a GPU, in 4,000 steps of 32 x 512 tokens
 # except where a study asks about size, context, the number of steps or the start. For Figure 1 each attention is trained at
-# three learning rates with three seeds each (one of them has a single seed at one rate), and shown at the rate with the lowest
-# mean. One seed is not enough to choose: by the first alone MHA's rate was another one, at which MFA at 25% was below it in
-# every seed; now they are level. `experiments/studies.py` lists all arms, with the paper's figures where the paper prints any.
-# We read what has been measured so far, and take no number from memory.
+# three learning rates with three seeds each, and shown at the rate with the lowest mean. One seed is not enough to choose: by
+# the first alone MHA's rate was another one, at which MFA at 25% was below it in every seed; now they are level.
+# `experiments/studies.py` lists all arms, with the paper's figures where the paper prints any. We read what has been measured
+# so far, and take no number from memory.
 
 # %%
 rows = studies.read_results(studies.RESULTS)
@@ -388,8 +388,8 @@ print("" if figure1 else "No runs yet. The paper: MFA below MHA, MHA below MFA-K
 # %% [markdown]
 # The remaining comparisons, in one table: those behind Tables 3 to 6, the reading of the rotated key (`question_a`, notebook
 # 05), the init at two larger widths (`question_b`, the trap above), and what MFA's distance from MHA depends on (`why`). A
-# number without ± is a single run, with ± it is of three, and a small difference to either means nothing; where only one rate
-# was tried, a difference may be the rate's. Figure 3 and the effect of length are curves, and are shown in
+# number with ± is of three seeds, and a difference that is small beside it means nothing; where only one rate was tried, a
+# difference may be the rate's. Figure 3 and the effect of length are curves, and are shown in
 # `experiments/README.md`.
 
 # %%

@@ -417,8 +417,8 @@ def test_order_names_the_pairs_that_differ():
     )
     table = plot.main_table(plot.Results(rows), "table4")
     assert "1 of 1 did not train" in table and table.count("not made") == 2
-    assert plot.against(plot.Results(rows), "table4", "mfa", "mha")[3:] == ["-0.1000", "in 0 of 1 seeds"]
-    assert plot.against(plot.Results(rows), "table4", "mfa", "proj")[3:] == ["–", "not made"]
+    assert plot.against(plot.Results(rows), ("table4", "mfa"), ("table4", "mha"))[3:] == ["-0.1000", "in 0 of 1 seeds"]
+    assert plot.against(plot.Results(rows), ("table4", "mfa"), ("table4", "proj"))[3:] == ["–", "not made"]
 
 
 def test_a_run_that_did_not_train_is_counted_and_not_averaged():
@@ -430,6 +430,20 @@ def test_a_run_that_did_not_train_is_counted_and_not_averaged():
     assert plot.outcome(results.of("why", "mha_16"), "val_loss") == "3.80 ± 0.14, 1 of 3 did not train"
     assert [found["val_loss"] for found in results.trained("why", "mha_16")] == [3.7, 3.9]
     assert plot.outcome(rows(5.0)) == "1 of 1 did not train"
+
+
+def test_runs_whose_gradient_rounding_moves_far_are_named():
+    def line(seed, *off):
+        looks = [[step, each] for step, each in enumerate(off, 1)]
+        return row(studies.Task("why", "mha_16", run_for("why", "mha_16", 1, seed)), 3.7) | dict(name="MHA", rounding=looks)
+
+    rows = [line(0, 0.01, 0.3, 0.2), line(1, 0.01, 0.04), line(2, 0.02, None)]
+    *head, last = plot.checked_part(plot.Results([*rows, line(0) | dict(seed=3)])).splitlines()
+    assert head[2:4] == [
+        "| why: MHA | 0.0014 | 0 | 1% | 30% | 20% | 40.45 |",
+        "| why: MHA | 0.0014 | 2 | 2% | not finite | not finite | 40.45 |",
+    ]
+    assert last == "Rounding moves the gradient of the other 1 of 3 runs that were asked by 4.0% at most."
 
 
 def test_a_difference_of_means_has_students_interval():
