@@ -334,6 +334,20 @@ def context_gains(results: Results) -> list[tuple[str, float, float]]:
     return found
 
 
+def positions_part(results: Results) -> str:
+    """How far each attention of Figure 1 is above MHA at each position of a context, means over seeds."""
+    found = {arm: [dict(row["by_position"]) for row in results.trained("figure1", arm)] for arm in FIGURE1}
+    if not found["mha"]:
+        return "MHA was not made."
+    mean = {arm: {b: statistics.mean(by[b] for by in rows) for b in found["mha"][0]} for arm, rows in found.items() if rows}
+
+    def above(arm: str) -> list[str]:
+        return [f"{mean[arm][b] - mha:z.3f}" if arm in mean else "not made" for b, mha in mean["mha"].items()]
+
+    head = ["nats above MHA, position", *(str(b) if b < 2 else f"{b} to {2 * b - 1}" for b in mean["mha"])]
+    return table(head, [[a.name, *above(arm)] for arm, a in FIGURE1.items() if arm != "mha"])
+
+
 def context_part(results: Results) -> str:
     found = context_gains(results)
     if len(found) < 3:
@@ -354,6 +368,7 @@ PARTS = {
     "question_b": question_b_part,
     "checked": checked_part,
     "why": lambda results: main_table(results, "why"),
+    "positions": positions_part,
     "context": context_part,
     "length": length_part,
 }

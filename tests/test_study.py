@@ -465,6 +465,18 @@ def test_a_size_is_compared_at_the_seeds_that_all_its_attentions_have_trained():
     assert "| 1 of 1 did not train |" in table and table.count("not made") == len(FIGURE3) - 5
 
 
+def test_distances_from_mha_by_position_are_of_means_over_seeds():
+    def line(arm, seed, *losses):
+        by = dict(by_position=[[1 << i >> 1, loss] for i, loss in enumerate(losses)])
+        return row(studies.Task("figure1", arm, run_for("figure1", arm, 1, seed)), 3.7) | by
+
+    rows = [line("mfa", 0, 5.0, 4.0, 3.0), line("mfa", 1, 5.2, 4.0, 3.0)]
+    assert plot.positions_part(plot.Results(rows)) == "MHA was not made."
+    text = plot.positions_part(plot.Results([*rows, line("mha", 0, 5.0, 4.1, 3.0)]))
+    assert text.startswith("| nats above MHA, position | 0 | 1 | 2 to 3 |") and "MHA |" not in text
+    assert "| 0.100 | -0.100 | 0.000 |" in text and text.count("| not made | not made | not made |") == len(FIGURE1) - 2
+
+
 def test_power_law():
     a, b, rms = plot.power_law([(x, 20 * x**-0.05) for x in (1e12, 1e13, 1e15)])
     assert (a, b) == (pytest.approx(20), pytest.approx(0.05)) and rms < 1e-9
