@@ -164,6 +164,7 @@ def against(results: Results, one: tuple[str, str], other: tuple[str, str]) -> l
 
 
 def differences(results: Results, pairs: Iterable[tuple[tuple[str, str], tuple[str, str]]]) -> str:
+    """The table of the lines of `against`."""
     head = ["", "against", "whose cache is", "its loss less ours, nats (95%)", "ours is lower"]
     return table(head, [against(results, *pair) for pair in pairs])
 

@@ -125,8 +125,8 @@ def read(path: Path) -> dict[tuple[str, float, str], dict]:
 
 
 def summary(row: dict) -> list[str]:
-    """Median and largest distance, largest difference of the norms, median range of the scores, of a line, and its loss, the
-    mean of the last four looks."""
+    """Of a line: median and largest distance, largest difference of the norms, median range of the scores, mean of the last
+    four losses."""
     _, loss, off, norm, scores = zip(*row["curve"], strict=True)
     median, most = f"{statistics.median(off):.1%}", f"{max(off):.1%}"
     return [median, most, f"{max(map(abs, norm)):.1%}", f"{statistics.median(scores):.0f}", f"{statistics.mean(loss[-4:]):.2f}"]
