@@ -13,6 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import copying
@@ -116,6 +117,7 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+@cache
 def on_paper(run: Run) -> tuple[int, int, float]:
     """Parameters, bytes of cache per token, and the cache as a share of MHA's, without training anything."""
     with torch.device("meta"):

@@ -373,6 +373,7 @@ def main(args: Args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     without_rest(path)
     how = args.compile if args.compile != "auto" else "blocks" if can_compile(device) else "no"
+    tasks, done = list(queue(args.study, args.smoke)), made(rows, dataset)
     failed, going, devices = set(), {}, devices_of(args.device)  # going: Future -> (task, device)
 
     def seconds(run: Run) -> float:
@@ -380,9 +381,9 @@ def main(args: Args) -> None:
 
     def following(device: str) -> Task | None:
         """The first run of the queue that is not made, can be, and fits into the time."""
-        done, busy = made(rows, dataset), failed | {task.run for task, _ in going.values()}
+        busy = failed | {task.run for task, _ in going.values()}
         before = sum(seconds(task.run) for task, place in going.values() if place == device)  # their turns come first
-        for task in queue(args.study, args.smoke):
+        for task in tasks:
             if task.run not in done and task.run not in busy:
                 if time.perf_counter() - began + before + seconds(task.run) <= args.limit_seconds:
                     return task
@@ -409,10 +410,11 @@ def main(args: Args) -> None:
                 which = dict(study=task.study, arm=task.arm, name=STUDIES[task.study][task.arm].name)
                 row = {**which, **row_of(task.run), **found, "dataset": dataset, "jobs": args.jobs, **origin}
                 rows.append(row)
+                done[task.run] = row
                 append(path, row)
                 outcome = "diverged" if row["diverged"] else f"loss {row['val_loss']:.4f}  perplexity {row['ppl']:.2f}"
                 print(f"{show(task)}  {outcome}  {row['seconds']:.0f} s", flush=True)
-    left = sum(task.run not in made(rows, dataset) for task in queue(args.study, args.smoke))
+    left = sum(task.run not in done for task in tasks)
     print(f"{len(rows)} results in {path}, {left} runs still to make\nnext: python experiments/plot.py")
     if failed:
         raise SystemExit(1)

@@ -417,8 +417,9 @@ def test_order_names_the_pairs_that_differ():
     )
     table = plot.main_table(plot.Results(rows), "table4")
     assert "1 of 1 did not train" in table and table.count("not made") == 2
-    assert plot.against(plot.Results(rows), ("table4", "mfa"), ("table4", "mha"))[3:] == ["-0.1000", "in 0 of 1 seeds"]
-    assert plot.against(plot.Results(rows), ("table4", "mfa"), ("table4", "proj"))[3:] == ["–", "not made"]
+    mfa, mha, proj = (("table4", arm) for arm in ("mfa", "mha", "proj"))
+    assert plot.against(plot.Results(rows), mfa, mha)[3:] == ["-0.1000", "in 0 of 1 seeds"]
+    assert plot.against(plot.Results(rows), mfa, proj)[1:] == ["+ extra value projection", "6.25%", "–", "not made"]
 
 
 def test_a_run_that_did_not_train_is_counted_and_not_averaged():
