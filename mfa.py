@@ -1,41 +1,58 @@
-"""Multi-matrix Factorization Attention (MFA), MFA-Key-Reuse, and the five attentions they are compared with.
+"""Multi-matrix Factorization Attention (MFA), MFA-Key-Reuse, and the five attentions they are
+compared with, after Hu et al., "Multi-matrix Factorization Attention" (arXiv:2412.19255).
 
-After Hu et al., "Multi-matrix Factorization Attention" (arXiv:2412.19255). The paper sees every attention as one
-Generalized Multi-Head Attention, whose heads c score with a QK circuit W_c and write with a VO circuit U_c:
+The paper sees every attention as one Generalized Multi-Head Attention. Head c scores with a
+QK circuit W_c and writes with a VO circuit U_c:
 
-    O_i = sum_c sum_{j<=i} softmax_j(scale * x_i W_c x_j^T) x_j U_c                                       (Eq. 1)
+    O_i = sum_c sum_{j<=i} softmax_j(scale * x_i W_c x_j^T) x_j U_c                      (Eq. 1)
 
-Vectors are rows, W_c and U_c are (H, H), scale is (query width)^-0.5. The attentions differ only in how they factor
-the two, and each class below says the same thing twice:
+Vectors are rows, W_c and U_c are (H, H), scale is (query width)^-0.5. The attentions differ only
+in how they factor the two, and each class below says the same thing twice:
 
-    factorization formulation    form W_c and U_c, apply Eq. 1      qk_circuit(), vo_circuit(), factorization(x)
-    inference formulation        the same factors, multiplied in    forward(x, cache): what trains, prefills and
-                                 the order that keeps little        decodes
+    factorization formulation    form W_c and U_c, apply Eq. 1: the definition, slow
+                                 qk_circuit(), vo_circuit(), factorization(x)
+    inference formulation        multiply the same factors in the order that makes the cache
+                                 small: what trains, prefills and decodes
+                                 query(), to_cache(), from_cache(), output(), forward(x, cache)
 
-             W_c                                U_c                                      kept per token and layer
-    FPBA     W_c                                U_c                                      2 H^2
-    MHA      Q_c K_c^T                          V_c O_c^T                                2 n d
-    GQA      Q_c K_g^T                          V_g O_c^T          (head c is in group g)  2 g d    (MQA: g = 1)
-    MLA      S_q Q_c K_c^T S_k^T (+ rotary)     S_v V_c O_c^T                            2 C + d_r  (joint: C + d_r)
-    MFA      S_q Q_c S_k^T                      S_v O_c^T                                2 C
-    MFA-KR   S_q Q_c S_k^T                      S_k (I + N^T diag(alpha)) O_c^T          C
+             W_c                       U_c                               cached per token and layer
+    FPBA     W_c                       U_c                               2 H^2
+    MHA      Q_c K_c^T                 V_c O_c^T                         2 n d
+    GQA      Q_c K_g^T                 V_g O_c^T    (head c in group g)  2 g d     (MQA: g = 1)
+    MLA      S_q Q_c K_c^T S_k^T       S_v V_c O_c^T                     2 C + d_r (joint: C + d_r)
+    MFA      S_q Q_c S_k^T             S_v O_c^T                         2 C
+    MFA-KR   S_q Q_c S_k^T             S_k (I + N^T diag(alpha)) O_c^T   C
 
-From code to paper (the shapes in comments use the paper's letters, B for sequences, T for tokens, S for all tokens
-so far, r for the query rank):
+From code to paper (the shapes in comments use the paper's letters, B for sequences, T for tokens,
+S for all tokens so far, r for the query rank, w for the width of a query or a key):
 
-    dim           H     residual width             q, k, v, o       Q_c, K_c, V_c, O_c, all heads in one nn.Linear:
-    n_head        n, m  query heads                                 stacked on the output rows of q, k, v and on the
-    head_dim      d     head width                                  input columns of o
-    n_kv_head     g     key/value heads of GQA     s_q, s_k, s_v    S_q, S_k, S_v, shared by all heads
-    latent_dim    C     shared latent subspace     n, alpha         N and alpha of the key reuse (Eqs. 8-9)
-    rope_dim      d_r   MLA's rotary key           kv_cache         KV Cache of Table 1, in elements
-    rank, shared_dim, total_rank                   FRH, SLSD and TER of Table 1
+    dim           H     residual width            q, k, v, o     Q_c, K_c, V_c, O_c: all heads in
+    n_head        n, m  query heads                              one nn.Linear, stacked on output
+    head_dim      d     head width                               rows of q, k, v and on input
+    n_kv_head     g     key/value heads of GQA                   columns of o
+    latent_dim    C     shared latent subspace    s_q, s_k, s_v  S_q, S_k, S_v, shared by all heads
+    rope_dim      d_r   MLA's rotary key          n, alpha       N and alpha of Eqs. 8-9
+    kv_cache      KV Cache of Table 1, in elements
+    rank, shared_dim, total_rank                  FRH, SLSD and TER of Table 1
+
+As a library:
+
+    cfg = Config(attn="mfa_kr", vocab_size=65, block_size=64, n_layer=2, dim=64, head_dim=16)
+    model = GPT(cfg)
+    logits, loss = model(idx, targets)                       # idx, targets: (B, T)
+    cache = KVCache(model, batch_size=1, capacity=64)
+    logits, _ = model(idx[:1], cache=cache)                  # the next call goes on from here
+    text = model.generate(idx[:1], max_new_tokens=30, top_k=10)
+    ATTENTION["mfa_kr"].counts(cfg).kv_cache                 # elements cached per token and layer
+    y = MFA(Config(dim=512, latent_dim=64))(x)               # (B, T, 512) -> (B, T, 512), in a
+                                                             # block of your own
 
 Where the paper is misprinted or silent, a line that begins "Paper:" says what is done here.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,49 +60,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------------------------------
+ATTENTION: dict[str, type["Attention"]] = {}  # name -> class: filled below, and by your own file
+
+# --------------------------------------------------------------------------------------------------
 # Configuration
 
 
-def need(ok: bool, what: str) -> None:
+def require(ok: bool, message: str) -> None:
     if not ok:
-        raise ValueError(what)
+        raise ValueError(message)
+
+
+def require_choice(cfg: "Config", name: str, choices) -> None:
+    got = getattr(cfg, name)
+    require(got in choices, f"{name} must be one of {', '.join(choices)}, not {got!r}")
+
+
+def require_least(cfg: "Config", least: int, *names: str) -> None:
+    """Each of the fields is at least `least`, 0 or 1."""
+    words = "be at least 1" if least else "not be negative"
+    for name in names:
+        got = getattr(cfg, name)
+        require(got >= least, f"{name} must {words}, not {got}")
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that shapes a model; `Config(attn="mfa_kr")` is a small one.
 
-    Fields that the chosen attention does not use are ignored. 0 in n_head, latent_dim, q_rank, ffn_dim, init_std or
-    vo_std means a default that is worked out on use, so `dataclasses.replace(cfg, attn="mha")` stays right.
-    Raises ValueError, in one sentence, when no model of this shape can exist.
+    Fields that the chosen attention does not use are ignored; each attention checks its own. 0 in
+    n_head, latent_dim, q_rank, ffn_dim, init_std or vo_std means a default that is worked out on
+    use, so that `dataclasses.replace(cfg, attn="mha")` stays right. Raises ValueError, in one
+    sentence, when no model of this shape can exist.
     """
 
-    attn: str = "mfa"  # fpba, mha, mqa, gqa, mla, mfa or mfa_kr
+    attn: str = "mfa"  # fpba, mha, mqa, gqa, mla, mfa, mfa_kr or another name in ATTENTION
     vocab_size: int = 65  # tokens in the vocabulary (train.py: 0 takes the tokenizer's)
     block_size: int = 64  # context: the most tokens a forward pass takes
     n_layer: int = 4  # blocks
     dim: int = 128  # H: residual width
-    n_head: int = 0  # n, m: query heads; 0: dim for fpba, mfa_n_head for mfa and mfa_kr, else dim // head_dim
+    n_head: int = 0  # n, m: query heads; 0: the attention's default_heads
     head_dim: int = 32  # d: head width of mha, mqa, gqa and mla
     n_kv_head: int = 2  # g: key/value heads of gqa
     latent_dim: int = 0  # C: shared latent width of mla, mfa and mfa_kr; 0: dim // 8
-    q_rank: int = 0  # rank of the compressed query of mla, mfa and mfa_kr; 0: latent_dim, as in the paper
+    q_rank: int = 0  # r: rank of the query of mla, mfa and mfa_kr; 0: latent_dim, as in the paper
     rope_dim: int = 16  # d_r: width of mla's rotary key
-    mfa_n_head: int = 16  # m of mfa and mfa_kr where n_head is 0 (so that one preset serves every attention)
+    mfa_n_head: int = 16  # m of mfa and mfa_kr where n_head is 0, so that a preset serves them all
     ffn_dim: int = 0  # width of the SwiGLU; 0: 8/3 dim, rounded up to a multiple of 8
     pos: str = "rope"  # position embedding: rope, alibi or none
     rope_base: float = 500_000.0  # base of the rotary frequencies
-    dropout: float = 0.0  # on the embedding, the attention weights, and what each attention and FFN adds to the residual
+    rope_fraction: float = 1.0  # share of a query's and key's width, its end, that turns; not mla's
+    qk_norm: bool = False  # RMSNorm of each head's query and key, before they turn; not mla, fpba
+    dropout: float = 0.0  # on embedding, attention weights, and what a layer adds to the residual
     norm_eps: float = 1e-5  # of every RMSNorm
     tied: bool = True  # the output head is the embedding
-    joint_kv: bool = False  # mla: one latent for keys and values (DeepSeek) instead of two (Table 1)
-    compress_query: bool = True  # mla: queries from a latent; False: straight from x (DeepSeek-V2-Lite)
-    latent_norm: bool = False  # RMSNorm on the query latent (mfa, mla) and on mla's joint latent (Step-3, DeepSeek)
-    key_reuse: str = "gated"  # mfa_kr: gated (the paper's), or Table 4's steps vanilla, proj, residual
-    key_reuse_rope: str = "pre"  # mfa_kr: where rotary keys are reused: pre, post or inverse (see MFAKR)
+    joint_kv: bool = False  # mla: one latent for keys and values (DeepSeek), not two (Table 1)
+    compress_query: bool = True  # mla: queries from a latent; False: from x (DeepSeek-V2-Lite)
+    latent_norm: bool = False  # RMSNorm on query latents and mla's joint latent (Step-3, DeepSeek)
+    key_reuse: str = "gated"  # mfa_kr: gated, or Table 4's steps vanilla, proj, residual
+    key_reuse_rope: str = "pre"  # mfa_kr: pre, post or inverse, see MFAKR
     init_std: float = 0.0  # std of the weights at the start; 0: 0.02 * sqrt(2048 / dim)
-    vo_std: float = 0.0  # that of the attention's values and outputs (V, O; S_v; U); 0: as the others
+    vo_std: float = 0.0  # that of the values and outputs (V, O; S_v; U); 0: as the others
     n_expert: int = 0  # routed experts; 0: dense FFNs
     n_expert_active: int = 2  # routed experts a token visits
     moe_ffn_dim: int = 0  # width of one routed expert
@@ -93,51 +128,44 @@ class Config:
     balance_coef: float = 0.01  # factor of the expert-level load balance loss
 
     def __post_init__(self):
-        attn, rope, E, k = self.attn, self.pos == "rope", self.n_expert, self.n_expert_active
-        choices = {"attn": "fpba mha mqa gqa mla mfa mfa_kr", "pos": "rope alibi none"}
-        if attn == "mfa_kr":
-            choices |= {"key_reuse": "gated vanilla proj residual", "key_reuse_rope": "pre post inverse"}
-        for name, allowed in choices.items():
+        require_choice(self, "attn", ATTENTION)
+        require_choice(self, "pos", ("rope", "alibi", "none"))
+        require_least(self, 1, "block_size", "n_layer", "dim")
+        require_least(self, 0, "vocab_size", "n_head", "latent_dim", "q_rank", "ffn_dim")
+        require_least(self, 0, "init_std", "vo_std", "n_expert", "shared_ffn_dim")
+        for name in ("rope_base", "norm_eps", "init_std", "vo_std", "balance_coef"):
             got = getattr(self, name)
-            need(got in allowed.split(), f"{name} must be one of {allowed.replace(' ', ', ')}, not {got!r}")
-        widths = {"fpba": "dim", "mla": "head_dim rope_dim" if rope else "head_dim", "gqa": "head_dim n_kv_head"}
-        widths |= {"mha": "head_dim", "mqa": "head_dim", "mfa": "mfa_n_head", "mfa_kr": "mfa_n_head"}
-        positive = f"block_size n_layer dim {widths[attn]} {'n_expert_active moe_ffn_dim' if E > 0 else ''}"
-        for name in positive.split():
-            need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in "vocab_size n_head latent_dim q_rank ffn_dim init_std vo_std n_expert shared_ffn_dim".split():
-            need(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
-        for name in "rope_base norm_eps init_std vo_std balance_coef".split():
-            need(math.isfinite(getattr(self, name)), f"{name} must be a finite number, not {getattr(self, name)}")
-        need(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
-        need(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
-        need(not E or k <= E, f"n_expert_active {k} is more than n_expert {E}")
-        n, g, no_latent = self.heads, self.n_kv_head, f"latent_dim 0 means dim // 8, which is 0 at dim {self.dim}"
-        need(n >= 1, f"head_dim {self.head_dim} leaves no head in dim {self.dim}: make it smaller, or give n_head")
-        need(attn != "fpba" or n == self.dim, f"fpba has one head per channel: n_head must be 0 or {self.dim}, not {n}")
-        need(attn != "gqa" or n % g == 0, f"n_head {n} must be a multiple of n_kv_head {g}")
-        need(attn not in ("mla", "mfa", "mfa_kr") or self.latent >= 1, f"{no_latent}: give latent_dim")
-        separate = attn == "mla" and not self.joint_kv
-        need(not (self.latent_norm and separate), "latent_norm of mla needs joint_kv: it has no place on separate latents")
-        if rope:
-            need(self.rope_base > 1, f"rope_base must be more than 1, not {self.rope_base}")
-            rotated = {"fpba": ("dim", self.dim), "mla": ("rope_dim", self.rope_dim)}
-            rotated |= dict.fromkeys(("mfa", "mfa_kr"), ("latent_dim", self.latent))
-            name, width = rotated.get(attn, ("head_dim", self.head_dim))
-            need(width % 2 == 0, f"{name} must be even, since pos='rope' rotates pairs, not {width}")
+            require(math.isfinite(got), f"{name} must be a finite number, not {got}")
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
+        require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
+        if self.pos == "rope":
+            require(self.rope_base > 1, f"rope_base must be more than 1, not {self.rope_base}")
+            f = self.rope_fraction
+            require(0 < f <= 1, f"rope_fraction must be in (0, 1], not {f}")
+        if self.n_expert:
+            k, E = self.n_expert_active, self.n_expert
+            require_least(self, 1, "n_expert_active", "moe_ffn_dim")
+            require(k <= E, f"n_expert_active {k} is more than n_expert {E}")
+        ATTENTION[self.attn].check(self)
+        ATTENTION[self.attn].counts(self)  # resolves the widths, so that a wrong one is told here
 
-    # The five defaults that depend on other fields, resolved.
+    # The five defaults that depend on other fields.
 
     @property
     def heads(self) -> int:
         """Query heads: n (MHA, MQA, GQA, MLA), m (MFA, MFA-KR) or H (FPBA)."""
-        default = {"fpba": self.dim, "mfa": self.mfa_n_head, "mfa_kr": self.mfa_n_head}
-        return self.n_head or default.get(self.attn, self.dim // max(self.head_dim, 1))
+        n = self.n_head or ATTENTION[self.attn].default_heads(self)
+        what = f"head_dim {self.head_dim} leaves no head in dim {self.dim}"
+        require(n >= 1, f"{what}: make it smaller, or give n_head")
+        return n
 
     @property
     def latent(self) -> int:
         """C. H / 8 makes MFA's cache 12.5% of MHA's at every width."""
-        return self.latent_dim or self.dim // 8
+        C = self.latent_dim or self.dim // 8
+        what = f"latent_dim 0 means dim // 8, which is 0 at dim {self.dim}"
+        require(C >= 1, f"{what}: give latent_dim")
+        return C
 
     @property
     def query_rank(self) -> int:
@@ -153,27 +181,32 @@ class Config:
     def std(self) -> float:
         """Std of the initial weights.
 
-        Paper: 0.02, at H = 2048. A score is a product of up to four matrices: at a tenth of that width 0.02 starts the
-        factored attentions almost uniform. sqrt(2048 / H) keeps the scores' size, and the values'; notebook 07 takes
-        the two apart, and question B of experiments/README.md asks what it does to the loss.
+        Paper: 0.02, at H = 2048. A score is a product of up to four matrices: at a tenth of that
+        width 0.02 starts the factored attentions almost uniform, and they lose for that reason
+        alone. sqrt(2048 / H) keeps the size of scores and values. Notebook 07 takes the two apart.
         """
         return self.init_std or 0.02 * math.sqrt(2048 / self.dim)
 
 
-# Keyword arguments of Config; what differs for one attention stands under its name. See `preset`.
+# Keyword arguments of Config; what differs for one attention stands under its name.
 PRESETS = {
-    "tiny": dict(vocab_size=65, block_size=64, n_layer=4, dim=128, head_dim=32, n_kv_head=2, rope_dim=16, ffn_dim=344),
-    "baby": dict(vocab_size=65, block_size=256, n_layer=6, dim=384, head_dim=64, n_kv_head=2, rope_dim=32, ffn_dim=1024,
-                 rope_base=10_000.0, dropout=0.25),
-    "small": dict(vocab_size=50304, block_size=1024, n_layer=12, dim=768, head_dim=64, n_kv_head=4, rope_dim=32,
-                  ffn_dim=2048),
-    # Section 4.4. Paper: the FFN width is in the missing Table 9; 4992 gives MHA the 1.08B of Table 3.
-    "paper-1b": dict(vocab_size=65536, block_size=16384, n_layer=20, dim=2048, head_dim=128, n_kv_head=4, rope_dim=64,
-                     mfa_n_head=14, ffn_dim=4992),
-    # Table 7. Paper: the first, dense FFN is 2F + F_shared wide, the routed experts do not count the shared one, and
-    # MFA-KR's expert width 1536 would make 7.0B; 1508, half its shared width as in the other columns, makes 6.93B.
-    "paper-7b": dict(vocab_size=65536, block_size=16384, n_layer=24, dim=2048, head_dim=128, n_kv_head=4, rope_dim=64,
-                     mfa_n_head=18, n_expert=33, n_expert_active=2, moe_ffn_dim=1312, shared_ffn_dim=2624, ffn_dim=5248,
+    "tiny": dict(vocab_size=65, block_size=64, n_layer=4, dim=128, head_dim=32, n_kv_head=2,
+                 rope_dim=16, ffn_dim=344,
+                 fpba=dict(dim=32, ffn_dim=0)),  # it has 2 H^3 parameters a layer
+    "baby": dict(vocab_size=65, block_size=256, n_layer=6, dim=384, head_dim=64, n_kv_head=2,
+                 rope_dim=32, ffn_dim=1024, rope_base=10_000.0, dropout=0.25,
+                 fpba=dict(dim=64, ffn_dim=0)),
+    "small": dict(vocab_size=50304, block_size=1024, n_layer=12, dim=768, head_dim=64, n_kv_head=4,
+                  rope_dim=32, ffn_dim=2048),
+    # Section 4.4. Paper: the FFN width is in the missing Table 9; 4992 gives Table 3's 1.08B.
+    "paper-1b": dict(vocab_size=65536, block_size=16384, n_layer=20, dim=2048, head_dim=128,
+                     n_kv_head=4, rope_dim=64, mfa_n_head=14, ffn_dim=4992),
+    # Table 7. Paper: the first, dense FFN is 2F + F_shared wide; the routed experts do not count
+    # the shared one; MFA-KR's expert width 1536 would make 7.0B, and 1508, half its shared width
+    # as in the other columns, makes 6.93B.
+    "paper-7b": dict(vocab_size=65536, block_size=16384, n_layer=24, dim=2048, head_dim=128,
+                     n_kv_head=4, rope_dim=64, mfa_n_head=18, n_expert=33, n_expert_active=2,
+                     moe_ffn_dim=1312, shared_ffn_dim=2624, ffn_dim=5248,
                      mfa=dict(n_expert=29, moe_ffn_dim=1504, shared_ffn_dim=3008, ffn_dim=6016),
                      mfa_kr=dict(n_expert=29, moe_ffn_dim=1508, shared_ffn_dim=3016, ffn_dim=6032)),
 }  # fmt: skip
@@ -181,41 +214,41 @@ PRESETS = {
 
 def preset(name: str, attn: str = "mfa", **overrides) -> Config:
     """The Config of a preset for one attention, with any field overridden."""
-    need(name in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
-    fields = {k: v for k, v in PRESETS[name].items() if not isinstance(v, dict)}
-    return Config(**{"attn": attn, **fields, **PRESETS[name].get(attn, {}), **overrides})
+    require(name in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
+    shared = {k: v for k, v in PRESETS[name].items() if not isinstance(v, dict)}
+    own = PRESETS[name].get(attn, {})
+    return Config(**{"attn": attn, **shared, **own, **overrides})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Positions
 
 
-def widen(x: Tensor) -> Tensor:
-    """x in no less than float32."""
+def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
-    """RoPE: x (..., T, w) with each row multiplied by R_pos, the rotation that belongs to its position in pos (T,),
-    or (T, 1) for x (..., T, n, w).
+    """RoPE: each row of x (..., T, w) times R_pos, the rotation of its position in pos (T,).
 
-    Half-split: dimension i pairs with i + w/2 and turns by pos * base^(-2i/w) radians. R_i R_j^T = R_(i-j), so a score
-    of rotated rows depends on the distance alone. Angles are never less than float32: bfloat16 cannot count to 300.
+    pos is (T, 1) for x (..., T, n, w). Half-split: dimension i pairs with i + w/2 and turns by
+    pos * base^(-2i/w) radians. R_i R_j^T = R_(i-j), so a score of rotated rows depends on the
+    distance alone. Angles are never less than float32: bfloat16 cannot count to 300.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
     frequency = base ** (torch.arange(half, device=x.device, dtype=wide) / -half)  # (w/2,)
-    angle = pos.to(wide)[..., None] * torch.cat((-frequency, frequency))  # (T, w): the sines of the halves differ in sign
-    # One tensor of both: else torch.compile takes every element's cosine anew, 20% of a training step on an H200.
+    angle = pos.to(wide)[..., None] * torch.cat((-frequency, frequency))  # (T, w)
+    # One tensor of both, or torch.compile would take every element's cosine anew.
     cos, sin = torch.cat((angle.cos(), angle.sin()), dim=-1).chunk(2, dim=-1)  # (T, w) twice
-    return torch.addcmul(x * cos, x.roll(half, dims=-1), sin).to(x.dtype)  # x cos + (x rolled) sin: (..., T, w)
+    return torch.addcmul(x * cos, x.roll(half, dims=-1), sin).to(x.dtype)  # (..., T, w)
 
 
 def alibi(n_head: int, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """ALiBi: what is added to the scores, -slope_c * (i - j), for positions query (T,) and key (S,): (n, T, S).
+    """ALiBi: what is added to a score, -slope_c * (i - j): query (T,), key (S,) -> (n, T, S).
 
-    The slopes are 2^(-8/p), 2^(-16/p), ... 2^-8 for the largest power of two p <= n; further heads take every other
-    slope of the sequence for 2p (Press et al. 2021).
+    The slopes are 2^(-8/p), 2^(-16/p), ... 2^-8 for the largest power of two p <= n; further heads
+    take every other slope of the sequence for 2p (Press et al. 2021).
     """
     p = 1 << (n_head.bit_length() - 1)
     head = torch.arange(n_head, device=query.device, dtype=dtype)
@@ -223,79 +256,106 @@ def alibi(n_head: int, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor
     return slope[:, None, None] * (key[None, :] - query[:, None])  # (n, T, S)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache
 
 
 class KVCache:
-    """What every token leaves behind in every layer: preallocated, one set of (B, heads, capacity, width) per layer.
+    """What every token leaves behind in every layer: preallocated tensors, made for a model.
 
-    numel() == n_layer * batch_size * capacity * ATTENTION[attn].counts(cfg).kv_cache. Made for a model, handed to its
-    calls, never kept on it; attention writes, and the model alone advances `length`. dtype defaults to the weights'.
+    layers[l] is a list of (B, heads, capacity, width), one for each of the attention's
+    cache_shapes, so numel() == n_layer * batch_size * capacity * counts(cfg).kv_cache. It is
+    handed to a model's calls and never kept on it. Attentions append; the model alone advances
+    `length`. model may be any module with attentions in it. dtype defaults to the weights'.
     """
 
-    def __init__(self, model: "GPT", batch_size: int, capacity: int, dtype: torch.dtype | None = None):
-        need(min(batch_size, capacity) >= 1, f"batch_size and capacity must be at least 1, not {batch_size}, {capacity}")
-        like = dict(dtype=dtype or model.embed.weight.dtype, device=model.embed.weight.device)
+    def __init__(self, model: nn.Module, batch_size: int, capacity: int, dtype=None):
+        message = f"batch_size and capacity must be at least 1, not {batch_size}, {capacity}"
+        require(min(batch_size, capacity) >= 1, message)
+        attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        numbers = [attn.layer for attn in attentions]
+        message = f"the attentions of a model have layer=0, 1, 2 ..., each its own, not {numbers}"
+        require(numbers == list(range(len(numbers))), message)
+        weight = next(model.parameters())
+        like = dict(dtype=dtype or weight.dtype, device=weight.device)
         self.layers = [
-            [torch.zeros(batch_size, heads, capacity, width, **like) for heads, width in block.attn.kept]
-            for block in model.blocks
+            [torch.zeros(batch_size, n, capacity, width, **like) for n, width in attn.cache_shapes]
+            for attn in attentions
         ]
         self.batch_size, self.capacity, self.length = batch_size, capacity, 0
+        self.writers: dict[int, Attention] = {}  # which attention a layer is of
 
-    def append(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Write T new tokens' (B, heads, T, width) behind the first `length`; return all S, in the dtype of `new`."""
+    def append(self, attn: "Attention", new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Write T tokens' (B, heads, T, width) behind the first `length`; return all S of them.
+
+        They come back in the dtype of `new`.
+        """
         B, end = new[0].shape[0], self.length + new[0].shape[2]
-        need(B == self.batch_size, f"the cache was made for a batch of {self.batch_size}, not {B}")
-        need(end <= self.capacity, f"the cache holds {self.capacity} tokens; {end} do not fit")
-        for kept, tensor in zip(self.layers[layer], new, strict=True):
-            kept[:, :, self.length : end] = tensor
-        return tuple(kept[:, :, :end].to(new[0].dtype) for kept in self.layers[layer])
+        require(
+            B == self.batch_size, f"the cache was made for a batch of {self.batch_size}, not {B}"
+        )
+        require(end <= self.capacity, f"the cache holds {self.capacity} tokens; {end} do not fit")
+        first = self.writers.setdefault(attn.layer, attn)
+        require(first is attn, f"two attentions have layer={attn.layer}: give each its own")
+        cached = self.layers[attn.layer]
+        for tensor, t in zip(cached, new, strict=True):
+            tensor[:, :, self.length : end] = t
+        return tuple(tensor[:, :, :end].to(new[0].dtype) for tensor in cached)
 
     def numel(self) -> int:
         """Elements allocated."""
-        return sum(kept.numel() for layer in self.layers for kept in layer)
+        return sum(tensor.numel() for layer in self.layers for tensor in layer)
 
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(kept.nbytes for layer in self.layers for kept in layer)
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
 
 
 class Counts(NamedTuple):
     """A row of Table 1, for one layer. The rank columns leave rotary dimensions out."""
 
-    kv_cache: int  # elements kept per token
+    kv_cache: int  # elements cached per token
     params: int
     heads: int
     rank: int  # factorization rank per head (FRH): the rank of W_c
-    shared_dim: int  # shared latent subspace dimension (SLSD): the rank of all W_c stacked on the key side
+    shared_dim: (
+        int  # shared latent subspace dimension (SLSD): rank of all W_c stacked on keys' side
+    )
     total_rank: int  # total effective rank (TER): heads * rank
+
+
+def cache_bytes(cfg: Config, itemsize: int = 2) -> int:
+    """Cache of the whole model per token, in bytes; itemsize 2 is 16-bit."""
+    return itemsize * cfg.n_layer * ATTENTION[cfg.attn].counts(cfg).kv_cache
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:
     return nn.Linear(n_in, n_out, bias=False)
 
 
-def norm(width: int, cfg: Config, wanted: bool = True) -> nn.Module:
+def rms_norm(width: int, cfg: Config, wanted: bool = True) -> nn.Module:
     return nn.RMSNorm(width, eps=cfg.norm_eps) if wanted else nn.Identity()
 
 
-def split(x: Tensor, n: int) -> Tensor:
-    """(B, T, n*w) -> (B, n, T, w): heads apart."""
+def split_heads(x: Tensor, n: int) -> Tensor:
+    """(B, T, n*w) -> (B, n, T, w)."""
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
 def per_head(weight: Tensor, n: int) -> Tensor:
-    """(n*w, r) -> (n, r, w): the paper's Q_c, K_c, V_c from a weight that stacks the heads on its rows."""
+    """(n*w, r) -> (n, r, w): the paper's Q_c, K_c, V_c from a weight that stacks them on rows."""
     return weight.unflatten(0, (n, -1)).mT
 
 
 def init_weights(module: nn.Module, cfg: Config, layer: int) -> None:
-    """Section 4.1: truncated normal; what writes into the residual is divided by sqrt(2 * depth), depth from 1."""
+    """Section 4.1: a truncated normal; what writes into the residual over sqrt(2 * depth).
+
+    Paper: sqrt(2 * layer_idx), read as a one-based depth: zero would divide the first layer.
+    """
     for name, p in module.named_parameters():
         leaf = name.removesuffix(".weight").split(".")[-1]
         if leaf == "alpha":
@@ -304,19 +364,44 @@ def init_weights(module: nn.Module, cfg: Config, layer: int) -> None:
             nn.init.ones_(p)  # RMSNorm
         else:
             std = cfg.vo_std or cfg.std if leaf in ("s_v", "v", "o", "U") else cfg.std
-            # Paper: sqrt(2 * layer_idx); read as a one-based depth, or the first layer would be divided by zero.
-            std = std / math.sqrt(2 * (layer + 1)) if leaf in ("o", "U", "w2") else std
-            nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)  # the default a, b = -2, 2 would cut nothing
+            if leaf in ("o", "U", "w2"):
+                std = std / math.sqrt(2 * (layer + 1))
+            nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)  # the default +-2 cuts nothing
+
+
+def softmax_attention(q, k, v, mask: Tensor | None, dropout: float, causal: bool, scale: float):
+    """softmax(scale * q k^T + mask) v by PyTorch's kernels; g key/value heads serve n queries.
+
+    q (B, n, T, w), k (B, g, S, w), v (B, g, S, w_v) -> (B, n, T, w_v).
+    """
+    shared = k.shape[1] != q.shape[1]
+    if q.device.type not in ("cpu", "cuda"):
+        # enable_gqa may be missing there, and Apple's GPUs have misread tensors that are not
+        # contiguous (PyTorch's issues 163597 and 181133).
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        shared = False
+    options = dict(scale=scale, enable_gqa=shared)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, **options)
 
 
 class Attention(nn.Module):
-    """Generalized Multi-Head Attention: Eq. 1, whose W_c and U_c a variant fills in, in both formulations.
+    """Generalized Multi-Head Attention: Eq. 1, whose W_c and U_c a variant fills in, twice.
 
-    A variant gives: build (its weights; `kept`, the (heads, width) that one token leaves in the cache), counts;
-    query, remember, recall and output for the inference formulation; qk_circuit and vo_circuit for the other.
+    A variant gives
+
+        build(cfg)        its weights, `scale`, and `cache_shapes`: what one token leaves in the
+                          cache, a list of (heads, width)
+        counts(cfg)       its row of Table 1
+        query, to_cache, from_cache, output        the inference formulation
+        qk_circuit, vo_circuit                     the factorization formulation
+
+    and may give check, default_heads and visible. examples/my_attention.py has two of 15 lines.
     """
 
-    kept: list[tuple[int, int]]
+    uses = ("head_dim",)  # the fields of Config that must be at least 1
+    rotary = "head_dim"  # the one that RoPE turns
+    can_norm = True  # does it take qk_norm?
 
     def __init__(self, cfg: Config, layer: int = 0):
         super().__init__()
@@ -324,70 +409,138 @@ class Attention(nn.Module):
         self.build(cfg)
         init_weights(self, cfg, layer)
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in "build counts query to_cache qk_circuit vo_circuit".split():
+            if not hasattr(cls, name):
+                raise TypeError(f"{cls.__name__} is an Attention without {name}(): write one")
+
+    @classmethod
+    def check(cls, cfg: Config) -> None:
+        """ValueError if the fields of Config that this attention uses cannot make one."""
+        require_least(cfg, 1, *cls.uses)
+        if cfg.pos == "rope" and cls.rotary:
+            width = cfg.latent if cls.rotary == "latent_dim" else getattr(cfg, cls.rotary)
+            what = f"since pos='rope' rotates pairs, not {width}"
+            require(width % 2 == 0, f"{cls.rotary} must be even, {what}")
+            turned = cls.turned_width(cfg, width)
+            what = f"rope_fraction {cfg.rope_fraction} of {cls.rotary} {width} must be even, not"
+            require(turned % 2 == 0 and turned > 0, f"{what} {turned:g}")
+        require(not cfg.qk_norm or cls.can_norm, f"qk_norm is not for {cfg.attn}")
+
+    @classmethod
+    def default_heads(cls, cfg: Config) -> int:
+        """What n_head = 0 means."""
+        return cfg.dim // max(cfg.head_dim, 1)
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        """May the query at position i see the key at j? (T, 1) and (S,) -> (T, S), bool."""
+        return key <= query
+
+    # Inference formulation
+
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Inference formulation: (B, T, H) -> (B, T, H). With a cache, x is what follows its first `length` tokens."""
+        """(B, T, H) -> (B, T, H). With a cache, x is what follows its first `length` tokens."""
         start = 0 if cache is None else cache.length
         pos = torch.arange(start, start + x.shape[1], device=x.device)  # (T,)
         q = self.query(x, pos)  # (B, n, T, w)
-        kept = self.remember(x, pos)  # each (B, heads, T, width): what the cache keeps
+        cached = self.to_cache(x, pos)  # each (B, heads, T, width)
         if cache is not None:
-            kept = cache.append(self.layer, kept)  # each (B, heads, S, width)
-        k, v = self.recall(*kept)  # (B, g, S, w), (B, g, S, w_v)
-        return self.output(self.attend(q, k, v, pos), pos)  # (B, T, H)
+            cached = cache.append(self, cached)  # each (B, heads, S, width)
+        k, v = self.from_cache(*cached)  # (B, g, S, w), (B, g, S, w_v)
+        y = self.attend(q, k, v, pos)  # (B, T, n, w_v)
+        return self.output(y, pos)  # (B, T, H)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        """Causal softmax attention of queries at positions pos (T,): (B, n, T, w) -> (B, T, n, w_v)."""
-        T, S = q.shape[2], k.shape[2]
-        grouped = k.shape[1] != q.shape[1]
-        if grouped and q.device.type not in ("cpu", "cuda"):  # enable_gqa may be missing there
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-            grouped = False
-        mask = None
-        if self.cfg.pos == "alibi" or 1 < T < S:  # is_causal is aligned top left: right only from an empty cache
-            key = torch.arange(S, device=q.device)
-            mask = key <= pos[:, None]  # (T, S)
-            if self.cfg.pos == "alibi":
-                bias = alibi(q.shape[1], pos, key, torch.promote_types(q.dtype, torch.float32))
-                mask = bias.masked_fill(~mask, -math.inf).to(q.dtype)[None]  # (1, n, T, S)
-        drop, causal = self.cfg.dropout if self.training else 0.0, mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, drop, causal, scale=self.scale, enable_gqa=grouped)
-        return y.transpose(1, 2)  # (B, T, n, w_v): output must not change this order in memory (train.attention_kernels)
-
-    def factorization(self, x: Tensor) -> Tensor:
-        """Factorization formulation: Eq. 1 as it stands, position by position: (B, T, H) -> (B, T, H). Slow."""
-        self.check_bilinear()
-        out, T = torch.zeros_like(x), x.shape[1]
-        pos = torch.arange(T, device=x.device)
-        W = [self.qk_circuit(offset) for offset in range(T)] if self.cfg.pos == "rope" else [self.qk_circuit()] * T
-        for i in range(T):
-            scores = [torch.einsum("bh,chk,bk->bc", x[:, i], W[i - j], x[:, j]) for j in range(i + 1)]
-            scores = self.scale * torch.stack(scores, dim=-1)  # (B, n, i + 1)
-            if self.cfg.pos == "alibi":
-                scores = scores + alibi(self.n_head, pos[i : i + 1], pos[: i + 1], x.dtype)[:, 0]
-            p = scores.softmax(dim=-1)
-            for j in range(i + 1):
-                out[:, i] += torch.einsum("bc,bh,chk->bk", p[:, :, j], x[:, j], self.vo_circuit(i, j))
-        return out
-
-    def check_bilinear(self) -> None:
-        normed = any(isinstance(module, nn.RMSNorm) for module in self.modules())
-        need(not normed, "latent_norm puts a norm between the factors: no longer bilinear, so there is no W_c")
-
-    def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
-        return rotate(x, pos, self.cfg.rope_base) if self.cfg.pos == "rope" else x
-
-    def rotation(self, offset: int, like: Tensor, width: int) -> Tensor:
-        """R_offset as a (width, width) matrix: rotate(x, i) = x R_i. The identity without rope."""
-        eye = torch.eye(width, dtype=like.dtype, device=like.device)
-        return self.rotate(eye, torch.full((width,), offset, device=like.device))
-
-    def recall(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values from what is kept; where they are kept themselves there is nothing to do."""
+    def from_cache(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, from what was cached: the same two where they are cached themselves."""
         return k, v
 
     def output(self, y: Tensor, pos: Tensor) -> Tensor:
         """sum_c y_c O_c^T: (B, T, n, w) -> (B, T, H)."""
         return self.o(y.flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+        """Queries at positions pos (T,) on all keys so far: (B, n, T, w) -> (B, T, n, w_v)."""
+        mask = self.mask(q, k.shape[2], pos)
+        causal = mask is None and q.shape[2] > 1
+        dropout = self.cfg.dropout if self.training else 0.0
+        y = softmax_attention(q, k, v, mask, dropout, causal, self.scale)  # (B, n, T, w_v)
+        return y.transpose(1, 2)  # (B, T, n, w_v)
+
+    def mask(self, q: Tensor, S: int, pos: Tensor) -> Tensor | None:
+        """What scores may count, (T, S), or with ALiBi what is added to them, (1, n, T, S).
+
+        None where SDPA's own is_causal does: it is aligned top left, so right only from an empty
+        cache; and a single query sees all there is.
+        """
+        T, windowed = q.shape[2], type(self).visible is not Attention.visible
+        if self.cfg.pos != "alibi" and not windowed and T in (1, S):
+            return None
+        key = torch.arange(S, device=q.device)  # (S,)
+        seen = self.visible(pos[:, None], key)  # (T, S)
+        if self.cfg.pos != "alibi":
+            return seen
+        bias = alibi(self.n_head, pos, key, torch.promote_types(q.dtype, torch.float32))
+        return bias.masked_fill(~seen, -math.inf).to(q.dtype)[None]  # (1, n, T, S)
+
+    # Factorization formulation
+
+    def factorization(self, x: Tensor) -> Tensor:
+        """Eq. 1 as it stands, position by position: (B, T, H) -> (B, T, H). Slow."""
+        self.check_bilinear()
+        T = x.shape[1]
+        pos = torch.arange(T, device=x.device)  # (T,)
+        W_of = functools.cache(self.qk_circuit)  # distance -> (n, H, H)
+        out = torch.zeros_like(x)
+        for i in range(T):
+            seen = [j for j in range(T) if self.visible(pos[i], pos[j])]
+            scores = torch.stack(
+                [torch.einsum("bh,chk,bk->bc", x[:, i], W_of(i - j), x[:, j]) for j in seen], dim=-1
+            )  # (B, n, seen)
+            scores = self.scale * scores
+            if self.cfg.pos == "alibi":
+                scores = scores + alibi(self.n_head, pos[i : i + 1], pos[seen], x.dtype)[:, 0]
+            p = scores.softmax(dim=-1)  # (B, n, seen)
+            for at, j in enumerate(seen):
+                U = self.vo_circuit(i, j)  # (n, H, H)
+                out[:, i] += torch.einsum("bc,bh,chk->bk", p[:, :, at], x[:, j], U)
+        return out
+
+    def check_bilinear(self) -> None:
+        normed = any(isinstance(module, nn.RMSNorm) for module in self.modules())
+        what = "latent_norm or qk_norm puts a norm between the factors: no longer bilinear"
+        require(not normed, f"{what}, so there is no W_c")
+
+    # What variants are built from
+
+    @staticmethod
+    def turned_width(cfg: Config, width: int) -> float:
+        """How many of a query's `width` dimensions turn: the last."""
+        return cfg.rope_fraction * width
+
+    def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
+        """x (..., T, w) at positions pos (T,), where the attention has rotary positions."""
+        if self.cfg.pos != "rope":
+            return x
+        still = x.shape[-1] - int(self.turned_width(self.cfg, x.shape[-1]))
+        if still == 0:
+            return rotate(x, pos, self.cfg.rope_base)
+        turned = rotate(x[..., still:], pos, self.cfg.rope_base)  # (..., T, w - still)
+        return torch.cat((x[..., :still], turned), dim=-1)  # (..., T, w)
+
+    def build_qk_norm(self, width: int) -> None:
+        """A norm for each head's query and one for the keys, of gains shared by the heads."""
+        self.query_norm = rms_norm(width, self.cfg, self.cfg.qk_norm)
+        self.key_norm = rms_norm(width, self.cfg, self.cfg.qk_norm)
+
+    def positions(self, cached: Tensor) -> Tensor:
+        """Of what the cache holds, (B, heads, S, width): (S,)."""
+        return torch.arange(cached.shape[2], device=cached.device)
+
+    def rotation(self, offset: int, like: Tensor, width: int) -> Tensor:
+        """R_offset as a (width, width) matrix: rotate(x, i) = x R_i. Without rope the identity."""
+        eye = torch.eye(width, dtype=like.dtype, device=like.device)
+        return self.rotate(eye, torch.full((width,), offset, device=like.device))
 
     def o_heads(self) -> Tensor:
         """O_c^T: (n, w, H)."""
@@ -395,110 +548,174 @@ class Attention(nn.Module):
 
 
 class FPBA(Attention):
-    """Fully Parameterized Bilinear Attention (Section 2.1): one full W_c and U_c for each of the H channels."""
+    """Fully Parameterized Bilinear Attention (Section 2.1): a full W_c and U_c for each channel."""
 
+    uses, rotary, can_norm = (), "dim", False
     LIMIT = 16e9  # bytes of weights beyond which a mistake is likelier than a wish
 
-    def build(self, cfg: Config) -> None:
+    @classmethod
+    def check(cls, cfg):
+        super().check(cfg)
+        n, H = cfg.heads, cfg.dim
+        require(n == H, f"fpba has one head per channel: n_head must be 0 or {H}, not {n}")
+
+    @classmethod
+    def default_heads(cls, cfg):
+        return cfg.dim
+
+    def build(self, cfg):
         H = cfg.dim
         size = 2 * H**3 * cfg.n_layer * torch.get_default_dtype().itemsize
         fits = size <= self.LIMIT or torch.empty(0).device.type == "meta"
-        need(fits, f"fpba at dim {H} and n_layer {cfg.n_layer} takes {size / 1e9:,.0f} GB: make dim smaller")
+        what = f"fpba at dim {H} and n_layer {cfg.n_layer} takes {size / 1e9:,.0f} GB"
+        require(fits, f"{what}: make dim smaller")
         self.W = nn.Parameter(torch.empty(H, H, H))  # W_c
         self.U = nn.Parameter(torch.empty(H, H, H))  # U_c
-        self.scale, self.kept = H**-0.5, [(H, H), (H, H)]
+        self.scale = H**-0.5
+        self.cache_shapes = [(H, H), (H, H)]
 
     @staticmethod
-    def counts(cfg: Config) -> Counts:
+    def counts(cfg):
         H = cfg.dim
-        return Counts(2 * H**2, 2 * H**3, H, H, H, H**2)
+        return Counts(2 * H**2, 2 * H**3, heads=H, rank=H, shared_dim=H, total_rank=H**2)
 
     def query(self, x, pos):
         return self.rotate(x, pos)[:, None].expand(-1, self.n_head, -1, -1)  # (B, H, T, H)
 
-    def remember(self, x, pos):
+    def to_cache(self, x, pos):
         k = torch.einsum("btk,chk->bcth", x, self.W)  # W_c x_j: (B, H, T, H)
-        return self.rotate(k, pos), torch.einsum("bth,chk->bctk", x, self.U)  # x_j U_c: (B, H, T, H)
+        v = torch.einsum("bth,chk->bctk", x, self.U)  # x_j U_c: (B, H, T, H)
+        return self.rotate(k, pos), v
 
     def output(self, y, pos):
         return y.sum(2)  # (B, T, H)
 
     def qk_circuit(self, offset: int = 0) -> Tensor:
-        return self.rotation(offset, self.W, self.cfg.dim) @ self.W  # (n, H, H)
+        return self.rotation(offset, self.W, self.cfg.dim) @ self.W  # (H, H, H)
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
-        return self.U  # (n, H, H)
+        return self.U  # (H, H, H)
 
 
 class MHA(Attention):
     """Multi-Head Attention (Eqs. 2-3): W_c = Q_c K_c^T, U_c = V_c O_c^T."""
 
-    kv_heads = staticmethod(lambda cfg: cfg.heads)  # g
+    @classmethod
+    def kv_heads(cls, cfg: Config) -> int:
+        """g, the key/value heads."""
+        return cfg.heads
 
-    def build(self, cfg: Config) -> None:
+    def build(self, cfg):
         H, n, d = cfg.dim, cfg.heads, cfg.head_dim
         self.g = g = self.kv_heads(cfg)
-        self.q, self.k, self.v, self.o = linear(H, n * d), linear(H, g * d), linear(H, g * d), linear(n * d, H)
-        self.scale, self.kept = d**-0.5, [(g, d), (g, d)]
+        self.q = linear(H, n * d)
+        self.k = linear(H, g * d)
+        self.v = linear(H, g * d)
+        self.o = linear(n * d, H)
+        self.build_qk_norm(d)
+        self.scale = d**-0.5
+        self.cache_shapes = [(g, d), (g, d)]
 
     @classmethod
-    def counts(cls, cfg: Config) -> Counts:
+    def counts(cls, cfg):
         H, n, g, d = cfg.dim, cfg.heads, cls.kv_heads(cfg), cfg.head_dim
-        rank = min(d, H)
-        return Counts(2 * g * d, 2 * H * (n + g) * d, n, rank, min(g * d, H), n * rank)
+        rank, norms = min(d, H), 2 * d * cfg.qk_norm
+        return Counts(2 * g * d, 2 * H * (n + g) * d + norms, n, rank, min(g * d, H), n * rank)
 
     def query(self, x, pos):
-        return self.rotate(split(self.q(x), self.n_head), pos)  # (B, n, T, d)
+        q = self.query_norm(split_heads(self.q(x), self.n_head))  # (B, n, T, d)
+        return self.rotate(q, pos)
 
-    def remember(self, x, pos):
-        return self.rotate(split(self.k(x), self.g), pos), split(self.v(x), self.g)  # (B, g, T, d) twice
+    def to_cache(self, x, pos):
+        k = self.key_norm(split_heads(self.k(x), self.g))  # (B, g, T, d)
+        k = self.rotate(k, pos)
+        v = split_heads(self.v(x), self.g)  # (B, g, T, d)
+        return k, v
 
     def qk_circuit(self, offset: int = 0) -> Tensor:
+        self.check_bilinear()
         Q = per_head(self.q.weight, self.n_head)  # (n, H, d)
-        K = per_head(self.k.weight, self.g).repeat_interleave(self.n_head // self.g, dim=0)  # (n, H, d)
+        K = self.for_each_query_head(self.k.weight)  # (n, H, d)
         return Q @ self.rotation(offset, Q, self.cfg.head_dim) @ K.mT  # (n, H, H)
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
-        V = per_head(self.v.weight, self.g).repeat_interleave(self.n_head // self.g, dim=0)  # (n, H, d)
-        return V @ self.o_heads()  # (n, H, H)
+        return self.for_each_query_head(self.v.weight) @ self.o_heads()  # (n, H, H)
+
+    def for_each_query_head(self, weight: Tensor) -> Tensor:
+        """K_c or V_c of each query head, which is its group's: (g*d, H) -> (n, H, d)."""
+        return per_head(weight, self.g).repeat_interleave(self.n_head // self.g, dim=0)
 
 
 class GQA(MHA):
-    """Grouped-Query Attention: MHA whose n heads share g keys and values, in groups of n/g neighbours."""
+    """Grouped-Query Attention: n heads share g keys and values, in groups of n/g neighbours."""
 
-    kv_heads = staticmethod(lambda cfg: cfg.n_kv_head)
+    uses = ("head_dim", "n_kv_head")
+
+    @classmethod
+    def check(cls, cfg):
+        super().check(cfg)
+        n, g = cfg.heads, cfg.n_kv_head
+        require(n % g == 0, f"n_head {n} must be a multiple of n_kv_head {g}")
+
+    @classmethod
+    def kv_heads(cls, cfg):
+        return cfg.n_kv_head
 
 
 class MQA(MHA):
-    """Multi-Query Attention: MHA whose heads share one key and one value."""
+    """Multi-Query Attention: all heads share one key and one value."""
 
-    kv_heads = staticmethod(lambda cfg: 1)
+    @classmethod
+    def kv_heads(cls, cfg):
+        return 1
 
 
 class MLA(Attention):
-    """Multi-head Latent Attention (Eqs. 4-5): W_c = S_q Q_c K_c^T S_k^T, U_c = S_v V_c O_c^T; the latents are cached.
+    """Multi-head Latent Attention (Eqs. 4-5): W_c = S_q Q_c K_c^T S_k^T, U_c = S_v V_c O_c^T.
 
-    R_(i-j) would stand between Q_c and K_c^T, and K_c could no longer be absorbed into the query; so under rope the
-    position goes through d_r further dimensions, S_q Q'_c R_(i-j) K_r^T, with one rotary key K_r for all heads.
-    joint_kv: one latent S_kv for keys and values. compress_query=False: Q_c and Q'_c (H, .) straight from x.
-    Decoding with absorbed K_c and V_c is a matter of speed and is left to the decoding code.
+    The latents are cached. R_(i-j) would stand between Q_c and K_c^T, and K_c could no longer be
+    absorbed into the query; so under rope the position goes through d_r further dimensions,
+    S_q Q'_c R_(i-j) K_r^T, with one rotary key K_r for all heads. joint_kv: one latent S_kv for
+    keys and values. compress_query=False: Q_c and Q'_c are (H, .), straight from x. Decoding with
+    K_c and V_c absorbed is a matter of speed: support/decode.py.
     """
 
-    def build(self, cfg: Config) -> None:
+    rotary, can_norm = "rope_dim", False
+
+    @staticmethod
+    def turned_width(cfg, width):
+        return width  # what turns is d_r
+
+    @classmethod
+    def check(cls, cfg):
+        if cfg.pos == "rope":
+            require_least(cfg, 1, "rope_dim")
+        super().check(cfg)
+        separate = cfg.latent_norm and not cfg.joint_kv
+        what = "latent_norm of mla needs joint_kv: it has no place on separate latents"
+        require(not separate, what)
+
+    def build(self, cfg):
         H, m, d, C = cfg.dim, cfg.heads, cfg.head_dim, cfg.latent
         r = cfg.query_rank if cfg.compress_query else H
         self.rope_dim = d_r = cfg.rope_dim if cfg.pos == "rope" else 0
         self.s_q = linear(H, r) if cfg.compress_query else nn.Identity()
-        self.q_norm = norm(r, cfg, cfg.latent_norm and cfg.compress_query)
-        self.q, self.k, self.v, self.o = linear(r, m * d), linear(C, m * d), linear(C, m * d), linear(m * d, H)
+        self.q_norm = rms_norm(r, cfg, cfg.latent_norm and cfg.compress_query)
+        self.q = linear(r, m * d)
+        self.k = linear(C, m * d)
+        self.v = linear(C, m * d)
+        self.o = linear(m * d, H)
         if cfg.joint_kv:
             self.s_kv = linear(H, C)
         else:
-            self.s_k, self.s_v = linear(H, C), linear(H, C)
-        self.kv_norm = norm(C, cfg, cfg.latent_norm)
+            self.s_k = linear(H, C)
+            self.s_v = linear(H, C)
+        self.kv_norm = rms_norm(C, cfg, cfg.latent_norm)
+        self.cache_shapes = [(1, C)] * len(self.latents)
         if d_r:
-            self.q_rope, self.k_rope = linear(r, m * d_r), linear(H, d_r)
-        self.kept = [(1, C)] * len(self.latents) + [(1, d_r)] * (d_r > 0)
+            self.q_rope = linear(r, m * d_r)
+            self.k_rope = linear(H, d_r)
+            self.cache_shapes.append((1, d_r))
         self.scale = (d + d_r) ** -0.5
 
     @property
@@ -507,34 +724,40 @@ class MLA(Attention):
         return [self.s_kv] if self.cfg.joint_kv else [self.s_k, self.s_v]
 
     @staticmethod
-    def counts(cfg: Config) -> Counts:
-        H, m, d, C, latents = cfg.dim, cfg.heads, cfg.head_dim, cfg.latent, 1 if cfg.joint_kv else 2
+    def counts(cfg):
+        H, m, d, C = cfg.dim, cfg.heads, cfg.head_dim, cfg.latent
+        n_latent = 1 if cfg.joint_kv else 2
         d_r = cfg.rope_dim if cfg.pos == "rope" else 0
         r = cfg.query_rank if cfg.compress_query else H
-        compression = (H * r + r * cfg.latent_norm) if cfg.compress_query else 0
-        params = H * (latents * C + d_r + m * d) + 2 * C * m * d + r * m * (d + d_r) + C * cfg.latent_norm + compression
+        params = H * (n_latent * C + d_r + m * d) + 2 * C * m * d + r * m * (d + d_r)
+        if cfg.compress_query:
+            params += H * r
+        if cfg.latent_norm:
+            params += C + (r if cfg.compress_query else 0)
         rank = min(d, C, r, H)
-        return Counts(latents * C + d_r, params, m, rank, min(C, H, m * rank), m * rank)
+        return Counts(n_latent * C + d_r, params, m, rank, min(C, H, m * rank), m * rank)
 
     def query(self, x, pos):
         x = self.q_norm(self.s_q(x))  # (B, T, r)
-        q = split(self.q(x), self.n_head)  # (B, m, T, d)
+        q = split_heads(self.q(x), self.n_head)  # (B, m, T, d)
         if not self.rope_dim:
             return q
-        q_rope = self.rotate(split(self.q_rope(x), self.n_head), pos)  # (B, m, T, d_r)
+        q_rope = self.rotate(split_heads(self.q_rope(x), self.n_head), pos)  # (B, m, T, d_r)
         return torch.cat((q, q_rope), dim=-1)  # (B, m, T, d + d_r)
 
-    def remember(self, x, pos):
-        kept = [self.kv_norm(S(x)) for S in self.latents]  # each (B, T, C)
+    def to_cache(self, x, pos):
+        cached = [self.kv_norm(S(x)) for S in self.latents]  # each (B, T, C)
         if self.rope_dim:
-            kept.append(self.rotate(self.k_rope(x), pos))  # (B, T, d_r)
-        return tuple(c[:, None] for c in kept)  # each (B, 1, T, C or d_r)
+            cached.append(self.rotate(self.k_rope(x), pos))  # (B, T, d_r)
+        return tuple(c[:, None] for c in cached)  # each (B, 1, T, C or d_r)
 
-    def recall(self, *kept):
-        c_k, c_v = kept[0], kept[len(self.latents) - 1]  # (B, 1, S, C) twice
-        k, v = (split(up(c[:, 0]), self.n_head) for up, c in ((self.k, c_k), (self.v, c_v)))  # (B, m, S, d) twice
+    def from_cache(self, *cached):
+        c_k, c_v = cached[0], cached[len(self.latents) - 1]  # (B, 1, S, C) twice
+        k = split_heads(self.k(c_k[:, 0]), self.n_head)  # (B, m, S, d)
+        v = split_heads(self.v(c_v[:, 0]), self.n_head)  # (B, m, S, d)
         if self.rope_dim:
-            k = torch.cat((k, kept[-1].expand(-1, self.n_head, -1, -1)), dim=-1)  # (B, m, S, d + d_r)
+            k_rope = cached[-1].expand(-1, self.n_head, -1, -1)  # (B, m, S, d_r)
+            k = torch.cat((k, k_rope), dim=-1)  # (B, m, S, d + d_r)
         return k, v
 
     def qk_circuit(self, offset: int = 0) -> Tensor:
@@ -548,116 +771,138 @@ class MLA(Attention):
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
         self.check_bilinear()
-        return self.latents[-1].weight.mT @ per_head(self.v.weight, self.n_head) @ self.o_heads()  # (m, H, H)
+        V = self.latents[-1].weight.mT @ per_head(self.v.weight, self.n_head)  # S_v V_c: (m, H, d)
+        return V @ self.o_heads()  # (m, H, H)
 
 
 class MFA(Attention):
-    """Multi-matrix Factorization Attention (Eqs. 6-7): W_c = S_q Q_c S_k^T, U_c = S_v O_c^T, one key and value head.
+    """Multi-matrix Factorization Attention (Eqs. 6-7): W_c = S_q Q_c S_k^T, U_c = S_v O_c^T.
 
-    Under rope W_c = S_q Q_c R_(i-j) S_k^T: the rotation falls between two factors and costs nothing.
-    Paper: O_c is printed (C, C); Table 1's parameters, and the product with x_j S_v, need (H, C). The scores are
-    printed over sqrt(d); the key is C wide, so sqrt(C). n heads there are Table 1's m.
+    One key head and one value head, C wide. Under rope W_c = S_q Q_c R_(i-j) S_k^T: the rotation
+    falls between two factors and costs nothing.
+    Paper: O_c is printed (C, C); Table 1's parameters, and the product with x_j S_v, need (H, C).
+    Scores are printed over sqrt(d); the key is C wide, so sqrt(C). n heads there are Table 1's m.
     """
 
-    def build(self, cfg: Config) -> None:
+    uses, rotary = ("mfa_n_head",), "latent_dim"
+
+    @classmethod
+    def default_heads(cls, cfg):
+        return cfg.mfa_n_head
+
+    def build(self, cfg):
         H, m, C, r = cfg.dim, cfg.heads, cfg.latent, cfg.query_rank
-        self.s_q, self.s_k = linear(H, r), linear(H, C)
-        self.q_norm = norm(r, cfg, cfg.latent_norm)
-        self.q, self.o = linear(r, m * C), linear(m * C, H)
+        self.s_q = linear(H, r)
+        self.s_k = linear(H, C)
+        self.q_norm = rms_norm(r, cfg, cfg.latent_norm)
+        self.q = linear(r, m * C)
+        self.o = linear(m * C, H)
+        self.build_qk_norm(C)
         self.scale = C**-0.5
         self.build_value(cfg)
 
     def build_value(self, cfg: Config) -> None:
         self.s_v = linear(cfg.dim, cfg.latent)
-        self.kept = [(1, cfg.latent), (1, cfg.latent)]
+        self.cache_shapes = [(1, cfg.latent), (1, cfg.latent)]
 
     @staticmethod
-    def counts(cfg: Config) -> Counts:
+    def counts(cfg):
         H, m, C, r = cfg.dim, cfg.heads, cfg.latent, cfg.query_rank
-        params = H * (2 * C + r + m * C) + r * m * C + (r if cfg.latent_norm else 0)
+        params = H * (2 * C + r + m * C) + r * m * C + r * cfg.latent_norm + 2 * C * cfg.qk_norm
         rank = min(C, r, H)
         return Counts(2 * C, params, m, rank, min(C, H, m * rank), m * rank)
 
     def query(self, x, pos):
         x = self.q_norm(self.s_q(x))  # (B, T, r)
-        return self.rotate(split(self.q(x), self.n_head), pos)  # (B, m, T, C)
+        q = self.query_norm(split_heads(self.q(x), self.n_head))  # (B, m, T, C)
+        return self.rotate(q, pos)
 
-    def remember(self, x, pos):
-        return self.rotate(self.s_k(x)[:, None], pos), self.s_v(x)[:, None]  # (B, 1, T, C) twice
+    def to_cache(self, x, pos):
+        k = self.rotate(self.key_norm(self.s_k(x))[:, None], pos)  # (B, 1, T, C)
+        v = self.s_v(x)[:, None]  # (B, 1, T, C)
+        return k, v
 
     def qk_circuit(self, offset: int = 0) -> Tensor:
         self.check_bilinear()
         Q = per_head(self.q.weight, self.n_head)  # (m, r, C)
-        return self.s_q.weight.mT @ Q @ self.rotation(offset, Q, self.cfg.latent) @ self.s_k.weight  # (m, H, H)
+        R = self.rotation(offset, Q, self.cfg.latent)  # (C, C)
+        return self.s_q.weight.mT @ Q @ R @ self.s_k.weight  # (m, H, H)
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
         return self.s_v.weight.mT @ self.o_heads()  # (m, H, H)
 
 
 class MFAKR(MFA):
-    """MFA-Key-Reuse (Eqs. 8-9): the cached key serves as the value, v_j = k_j + alpha * (N k_j) = k_j M.
+    """MFA-Key-Reuse (Eqs. 8-9): the cached key serves as the value, v_j = k_j + alpha * (N k_j).
 
-    M = I + N^T diag(alpha) for "gated"; Table 4's steps: I ("vanilla"), N^T ("proj"), I + N^T ("residual").
-    Paper: Eq. 8's N S_k does not conform; Eq. 9 does, with the gate on N's output. Whether the key is reused before or
-    after its rotation is not said; key_reuse_rope:
-        pre        unrotated keys are cached, and rotated on every read    U_c = S_k M O_c^T
-        post       rotated keys are cached, and are the values             U_c = S_k R_j M O_c^T
-        inverse    likewise, and the output is rotated back by R_i^-1      U_c = S_k R_j R_i^-1 M O_c^T
+    As a matrix, v_j = k_j M with M = I + N^T diag(alpha) for key_reuse "gated"; Table 4's steps to
+    it are I ("vanilla"), N^T ("proj") and I + N^T ("residual"). M stands between the softmax and
+    O_c, so it acts on each head's output, once a query, instead of on every cached key.
+    Paper: Eq. 8's N S_k does not conform; Eq. 9 does, with the gate on N's output. Whether the key
+    is reused before or after its rotation is not said; key_reuse_rope is one of
+
+        pre      cache unrotated keys, rotate on every read            U_c = S_k M O_c^T
+        post     cache rotated keys, which are the values              U_c = S_k R_j M O_c^T
+        inverse  likewise, and rotate each output back by R_i^-1       U_c = S_k R_j R_i^-1 M O_c^T
     """
 
-    def build_value(self, cfg: Config) -> None:
+    @classmethod
+    def check(cls, cfg):
+        super().check(cfg)
+        require_choice(cfg, "key_reuse", ("gated", "vanilla", "proj", "residual"))
+        require_choice(cfg, "key_reuse_rope", ("pre", "post", "inverse"))
+
+    def build_value(self, cfg):
         C = cfg.latent
         if cfg.key_reuse != "vanilla":
             self.n = linear(C, C)
         if cfg.key_reuse == "gated":
             self.alpha = nn.Parameter(torch.empty(C))
-        self.kept = [(1, C)]
-        self.reading = cfg.key_reuse_rope if cfg.pos == "rope" else "pre"  # without rope the three are one
+        self.cache_shapes = [(1, C)]
+        # Without rope the three are one.
+        self.key_reuse_rope = cfg.key_reuse_rope if cfg.pos == "rope" else "pre"
 
     @staticmethod
-    def counts(cfg: Config) -> Counts:
+    def counts(cfg):
         C, mfa = cfg.latent, MFA.counts(cfg)
-        reuse = {"vanilla": 0, "proj": C * C, "residual": C * C, "gated": C * C + C}[cfg.key_reuse]
-        return mfa._replace(kv_cache=C, params=mfa.params - cfg.dim * C + reuse)
+        M = {"vanilla": 0, "proj": C * C, "residual": C * C, "gated": C * C + C}[cfg.key_reuse]
+        return mfa._replace(kv_cache=C, params=mfa.params - cfg.dim * C + M)
 
-    def reuse(self, k: Tensor) -> Tensor:
-        """k M: (..., C) -> (..., C)."""
-        if self.cfg.key_reuse == "vanilla":
-            return k
-        if self.cfg.key_reuse == "proj":
-            return self.n(k)
-        return k + (self.alpha if self.cfg.key_reuse == "gated" else 1) * self.n(k)
+    def to_cache(self, x, pos):
+        k = self.key_norm(self.s_k(x))[:, None]  # (B, 1, T, C)
+        return (k if self.key_reuse_rope == "pre" else self.rotate(k, pos),)
 
-    @property
-    def reuse_late(self) -> bool:
-        """M may act before the sum over j, cheap in training (one key head), or after it, in decoding (one token)."""
-        return self.reading == "inverse" or not self.training
-
-    def remember(self, x, pos):
-        k = self.s_k(x)[:, None]
-        return (k if self.reading == "pre" else self.rotate(k, pos),)  # (B, 1, T, C)
-
-    def recall(self, k):
-        v = k if self.reuse_late else self.reuse(k)
-        if self.reading == "pre":
-            k = self.rotate(k, torch.arange(k.shape[2], device=k.device))
+    def from_cache(self, k):
+        v = k  # (B, 1, S, C)
+        if self.key_reuse_rope == "pre":
+            k = self.rotate(k, self.positions(k))
         return k, v  # (B, 1, S, C) twice
 
     def output(self, y, pos):
-        if self.reading == "inverse":
-            y = self.rotate(y, -pos[:, None])
-        return super().output(self.reuse(y) if self.reuse_late else y, pos)
+        if self.key_reuse_rope == "inverse":
+            y = self.rotate(y, -pos[:, None])  # (B, T, m, C)
+        return super().output(self.times_M(y), pos)  # (B, T, H)
+
+    def times_M(self, y: Tensor) -> Tensor:
+        """y M: (..., C) -> (..., C)."""
+        if self.cfg.key_reuse == "vanilla":
+            return y
+        if self.cfg.key_reuse == "proj":
+            return self.n(y)
+        alpha = self.alpha if self.cfg.key_reuse == "gated" else 1
+        return y + alpha * self.n(y)
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
         S_k = self.s_k.weight.mT  # (H, C)
-        angle = {"pre": 0, "post": key, "inverse": key - query}[self.reading]
-        M = self.reuse(torch.eye(self.cfg.latent).to(S_k))  # (C, C)
-        return S_k @ self.rotation(angle, S_k, self.cfg.latent) @ M @ self.o_heads()  # (m, H, H)
+        offset = {"pre": 0, "post": key, "inverse": key - query}[self.key_reuse_rope]
+        R = self.rotation(offset, S_k, self.cfg.latent)  # (C, C)
+        M = self.times_M(torch.eye(self.cfg.latent).to(S_k))  # (C, C)
+        return S_k @ R @ M @ self.o_heads()  # (m, H, H)
 
 
-ATTENTION = {"fpba": FPBA, "mha": MHA, "mqa": MQA, "gqa": GQA, "mla": MLA, "mfa": MFA, "mfa_kr": MFAKR}
+ATTENTION.update(fpba=FPBA, mha=MHA, mqa=MQA, gqa=GQA, mla=MLA, mfa=MFA, mfa_kr=MFAKR)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model around it (Section 4.1): pre-norm RMSNorm, SwiGLU, no biases
 
 
@@ -666,47 +911,52 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, width: int):
         super().__init__()
-        self.w1, self.w3, self.w2 = linear(dim, width), linear(dim, width), linear(width, dim)
+        self.w1 = linear(dim, width)
+        self.w3 = linear(dim, width)
+        self.w2 = linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE's layer: each token visits its top-k routed experts, weighted by softmax, and the shared expert.
+    """DeepSeekMoE's layer: a token visits its top-k routed experts, weighted by softmax, and the
+    shared expert.
 
-    After a forward pass, `load` (E,) holds the share of the visits that each expert got (they sum to 1), and
-    `balance` the expert-level loss E * sum_i load_i * (mean router probability of i): 1 when the load is even.
+    After a forward pass `load` (E,) holds the share of the visits that each expert got, and
+    `balance` the expert-level loss E * sum_i load_i * (mean router probability of i): 1 if even.
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.k, self.load, self.balance = cfg.n_expert_active, None, None
         self.router = linear(cfg.dim, cfg.n_expert)
-        self.experts = nn.ModuleList(SwiGLU(cfg.dim, cfg.moe_ffn_dim) for _ in range(cfg.n_expert))
+        experts = [SwiGLU(cfg.dim, cfg.moe_ffn_dim) for _ in range(cfg.n_expert)]
+        self.experts = nn.ModuleList(experts)
         self.shared = SwiGLU(cfg.dim, cfg.shared_ffn_dim) if cfg.shared_ffn_dim else None
 
     def forward(self, x: Tensor) -> Tensor:
         flat, E = x.flatten(0, -2), len(self.experts)  # (B*T, H)
-        prob = widen(self.router(flat)).softmax(dim=-1)  # (B*T, E)
+        prob = at_least_float32(self.router(flat)).softmax(dim=-1)  # (B*T, E)
         weight, visited = prob.topk(self.k, dim=-1)  # (B*T, k), not renormalised
         y = torch.zeros_like(flat) if self.shared is None else self.shared(flat)  # (B*T, H)
         for e, expert in enumerate(self.experts):
             token, slot = torch.where(visited == e)
-            y = y.index_add(0, token, (expert(flat[token]) * weight[token, slot, None]).to(y.dtype))
+            out = expert(flat[token]) * weight[token, slot, None]  # (visits, H)
+            y = y.index_add(0, token, out.to(y.dtype))
         self.load = torch.bincount(visited.flatten(), minlength=E) / visited.numel()  # (E,)
         self.balance = E * (self.load * prob.mean(0)).sum()
         return y.view_as(x)
 
 
 class Block(nn.Module):
-    """x + attention, then x + FFN, each on an RMSNorm of x. With experts, the first block's FFN stays dense."""
+    """x + attention, then x + FFN, each of an RMSNorm of x. The first block's FFN is never MoE."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.attn_norm = norm(cfg.dim, cfg)
+        self.attn_norm = rms_norm(cfg.dim, cfg)
         self.attn = ATTENTION[cfg.attn](cfg, layer)
-        self.ffn_norm = norm(cfg.dim, cfg)
+        self.ffn_norm = rms_norm(cfg.dim, cfg)
         self.ffn = MoE(cfg) if cfg.n_expert and layer > 0 else SwiGLU(cfg.dim, cfg.ffn)
         init_weights(self.ffn, cfg, layer)
         self.drop = nn.Dropout(cfg.dropout)
@@ -716,27 +966,67 @@ class Block(nn.Module):
         return x + self.drop(self.ffn(self.ffn_norm(x)))  # (B, T, H)
 
 
+# --------------------------------------------------------------------------------------------------
+# Drawing a token
+
+
 def check_ids(idx: Tensor, vocab_size: int) -> None:
     low, high = idx.min().item(), idx.max().item()
     wrong = low if low < 0 else high
-    need(0 <= wrong < vocab_size, f"token ids must be 0 to {vocab_size - 1} (vocab_size), not {wrong}")
+    what = f"token ids must be 0 to {vocab_size - 1} (vocab_size), not {wrong}"
+    require(0 <= wrong < vocab_size, what)
 
 
-def pick(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
-    """One id for each row of logits: (B, vocab_size) -> (B, 1). See GPT.generate."""
+def check_sampling(n: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """ValueError if n tokens cannot be drawn so."""
+    what = f"temperature must be 0 (greedy) or positive, not {temperature}"
+    require(0 <= temperature < math.inf, what)
+    require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
+    require(top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
+    require(n >= 0, f"max_new_tokens must not be negative, not {n}")
+
+
+def draw(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
+    """One id for each row of logits, from softmax(logits / temperature): (B, V) -> (B, 1).
+
+    top_k keeps the likeliest so many; of these, top_p keeps the fewest whose probability reaches
+    it. Temperature 0 takes the likeliest.
+    """
+    logits = at_least_float32(logits)  # (B, V)
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None and top_k < logits.shape[-1]:
-        kept = logits.topk(top_k)  # values and ids, (B, top_k) each
-        logits = torch.full_like(logits, -math.inf).scatter_(-1, kept.indices, kept.values)
-    if top_p is not None:
-        ordered, order = (logits / max(temperature, 1e-30)).softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(dim=-1) - ordered >= max(top_p, 1e-30)  # what comes before it is enough already
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    # Of exponential times over exp(logit / temperature), the least falls on i with probability softmax_i. Here in logarithms
-    # and times the temperature: few steps, since each is a launch, and torch.multinomial would wait for the GPU.
-    time = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30)
+        values, ids = logits.topk(top_k)  # (B, top_k) twice
+        logits = torch.full_like(logits, -math.inf).scatter_(-1, ids, values)
+    if top_p is not None and top_p < 1:
+        p, order = (logits / max(temperature, 1e-30)).softmax(dim=-1).sort(dim=-1, descending=True)
+        enough = p.cumsum(dim=-1) - p >= max(top_p, 1e-30)  # (B, V), reached before this one
+        logits = logits.masked_fill(enough.scatter(-1, order, enough), -math.inf)
+    return exponential_race(logits, temperature, generator)
+
+
+def exponential_race(logits: Tensor, temperature: float, generator) -> Tensor:
+    """Of exponential times over exp(logit_i / temperature) the least is at i with softmax_i's odds.
+
+    (B, V) -> (B, 1). torch.multinomial, which draws the same, would make the host wait for a GPU.
+    """
+    time = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30)  # (B, V)
     return logits.sub(time.log_(), alpha=temperature).argmax(dim=-1, keepdim=True)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """The model without dropout; afterwards in the mode it was in before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+# --------------------------------------------------------------------------------------------------
+# The language model
 
 
 class GPT(nn.Module):
@@ -744,38 +1034,41 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        need(cfg.vocab_size >= 1, "vocab_size must be at least 1 to build a model")
+        require(cfg.vocab_size >= 1, "vocab_size must be at least 1 to build a model")
         self.cfg = cfg
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.drop = nn.Dropout(cfg.dropout)
-        self.norm = norm(cfg.dim, cfg)
+        self.norm = rms_norm(cfg.dim, cfg)
         self.head = linear(cfg.dim, cfg.vocab_size)
-        for table in (self.head, self.embed):
-            nn.init.trunc_normal_(table.weight, std=0.02, a=-0.06, b=0.06)  # at every width, unlike what lies between
+        for table in (self.head, self.embed):  # 0.02 at every width, unlike what lies between
+            nn.init.trunc_normal_(table.weight, std=0.02, a=-0.06, b=0.06)
         if cfg.tied:
             self.head.weight = self.embed.weight
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
-        """Logits (B, T, vocab_size) for token ids idx (B, T), and the loss, or None without targets (B, T).
+        """Logits (B, T, vocab_size) of token ids idx (B, T), and the loss, or None without targets.
 
-        The loss is the mean cross-entropy in nats over targets other than -1; in training, MoE's balance loss is added.
-        Raises ValueError for ids outside the vocabulary (not checked on a GPU, which would have to wait for the
-        answer), for more than block_size tokens, and for a cache that is full or of another batch size.
+        The loss is the mean cross-entropy in nats over the targets (B, T) other than -1; in
+        training, MoE's balance loss is added. Raises ValueError for ids outside the vocabulary
+        (not checked on a GPU, which would have to wait for the answer), for more than block_size
+        tokens, and for a cache that is full or of another batch size.
         """
         logits = self.head(self.hidden(idx, cache))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(widen(logits.flatten(0, 1)), targets.flatten(), ignore_index=-1)
+        flat = at_least_float32(logits.flatten(0, 1))  # (B*T, vocab_size)
+        loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
         if self.training and self.cfg.n_expert:
-            loss = loss + self.cfg.balance_coef * sum(b.ffn.balance for b in self.blocks if isinstance(b.ffn, MoE))
+            balance = sum(b.ffn.balance for b in self.blocks if isinstance(b.ffn, MoE))
+            loss = loss + self.cfg.balance_coef * balance
         return logits, loss
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The normed residual before the output head: (B, T) -> (B, T, H). Advances the cache by T tokens."""
+        """The normed residual before the head: (B, T) -> (B, T, H). Advances the cache by T."""
         end = idx.shape[1] + (0 if cache is None else cache.length)
         limit = self.cfg.block_size
-        need(1 <= end <= limit, f"the model takes 1 to {limit} tokens (block_size), not {end}")
+        require(1 <= end <= limit, f"the model takes 1 to {limit} tokens (block_size), not {end}")
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             check_ids(idx, self.cfg.vocab_size)
         x = self.drop(self.embed(idx))  # (B, T, H)
@@ -785,72 +1078,35 @@ class GPT(nn.Module):
             cache.length = end
         return self.norm(x)
 
-    def generate(self, idx: Tensor, max_new_tokens: int, *args, **options) -> Tensor:
-        """The prompt idx (B, T) and what stream() yields for it: (B, T + max_new_tokens), or less with stop."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **options)), dim=1)
-
     def next_logits(self, new: Tensor, cache: KVCache | None) -> Tensor:
-        """Logits of what follows the last token of new, (B, T) behind what the cache holds: (B, vocab_size)."""
+        """Logits of what follows new (B, T), itself behind the cache's tokens: (B, vocab_size)."""
         return self.head(self.hidden(new, cache)[:, -1])
 
     @torch.no_grad()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        use_cache: bool = True,
-        generator: torch.Generator | None = None,
-        stop: int | None = None,
-        keep_end: bool = False,
-        cache_dtype: torch.dtype | None = None,
-        decode: Callable | None = None,
-    ) -> Iterator[Tensor]:
-        """Yield what follows the prompt idx (B, T), one (B, 1) at a time.
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float | None = None, use_cache: bool = True,
+                 generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+        """The prompt idx (B, T) and what is drawn after it: (B, T + max_new_tokens).
 
-        Each token is drawn from softmax(logits / temperature), cut to the top_k likeliest and then to the smallest set
-        whose probability reaches top_p; temperature 0 takes the likeliest. A sequence that has drawn `stop` repeats it,
-        and the stream ends when all have. When the context has reached block_size it starts anew from its last
-        block_size / 2 tokens, with or without the cache: use_cache changes the speed alone. A prompt beyond block_size
-        is a ValueError, or cut to its end with keep_end. decode(model, new, cache) may stand in for next_logits at
-        each new (B, 1), where a faster one is at hand.
+        When the context has reached block_size it starts anew from its last block_size / 2 tokens,
+        with or without the cache: use_cache changes the speed alone. See draw for temperature,
+        top_k and top_p. Raises ValueError where one of them, or the prompt, cannot be used.
+        sample.py has a version that streams, stops, and decodes faster.
         """
         limit, T = self.cfg.block_size, idx.shape[1]
-        need(0 <= temperature < math.inf, f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-        need(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
-        need(top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
-        need(max_new_tokens >= 0, f"max_new_tokens must not be negative, not {max_new_tokens}")
-        need(1 <= T <= limit or (keep_end and T), f"the prompt must have 1 to {limit} tokens (block_size), not {T}")
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
+        require(1 <= T <= limit, f"the prompt must have 1 to {limit} tokens (block_size), not {T}")
         check_ids(idx, self.cfg.vocab_size)
-        training = self.training
-        self.eval()
-        try:
-            new = idx[:, -limit:]
-            context, length = [new], new.shape[1]  # all that the model may look at; new is what of it the cache has not seen
-            capacity = min(limit, length + max_new_tokens)
-            cache = KVCache(self, len(idx), capacity, cache_dtype) if use_cache else None
-            stopped = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # (B, 1)
+        cache = KVCache(self, len(idx), min(limit, T + max_new_tokens)) if use_cache else None
+        start = 0  # of the context: the model looks at idx[:, start:]
+        with evaluating(self):
             for _ in range(max_new_tokens):
-                if length > limit:
-                    new = torch.cat(context, dim=1)[:, -max(limit // 2, 1) :]
-                    context, length = [new], new.shape[1]
-                    if cache is not None:
+                if idx.shape[1] - start > limit:
+                    start = idx.shape[1] - max(limit // 2, 1)
+                    if use_cache:
                         cache.length = 0
-                if decode is not None and cache is not None and cache.length:
-                    logits = decode(self, new, cache)
-                else:
-                    whole = new if cache is not None else torch.cat(context, dim=1)
-                    logits = self.next_logits(whole, cache)  # (B, vocab_size)
-                new = pick(widen(logits), temperature, top_k, top_p, generator)  # (B, 1)
-                if stop is not None:
-                    new = new.masked_fill(stopped, stop)
-                    stopped = new == stop
-                context.append(new)
-                length += 1
-                yield new
-                if stop is not None and stopped.all():
-                    return
-        finally:
-            self.train(training)
+                new = idx[:, start + (cache.length if use_cache else 0) :]
+                logits = self.next_logits(new, cache)  # (B, vocab_size)
+                drawn = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)
+                idx = torch.cat((idx, drawn), dim=1)  # (B, T + 1, 2, ...)
+        return idx

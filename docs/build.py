@@ -1,8 +1,9 @@
 """Make the page and the README's table: python docs/build.py (needs pip install -e ".[dev]")
 
-docs/index.html is one file that needs no network: the text of docs/walkthrough.md, its formulas as MathML, the pictures of
-the executed notebooks, docs/page.css, docs/calculator.js, and the figures of docs/results_table.py. In the text {{name}} stands
-for a figure or a block made here, and an image of a notebook is the one whose code cell contains the image's title:
+docs/index.html is one file that needs no network: the text of docs/walkthrough.md, its formulas as
+MathML, the pictures of the executed notebooks, docs/page.css, docs/calculator.js, and the figures
+of docs/results_table.py. In the text {{name}} stands for a figure or a block made here, and an
+image of a notebook is the one whose code cell contains the image's title:
 
     ![what can be seen](../notebooks/04_mfa.ipynb "A random MQA, written as an MFA")
     its caption
@@ -14,7 +15,6 @@ import json
 import re
 import statistics
 import struct
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,15 @@ from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
-from mfa import ATTENTION, GPT, PRESETS, preset
-from prepare_data import BadInput, run_command
+from mfa import ATTENTION, GPT, PRESETS, cache_bytes, preset
+from support.cli import BadInput, run_command
+from support.palette import COLOR, NAME
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.append(str(ROOT / "notebooks"))
-
-from nb import COLOR, NAME  # noqa: E402  one colour and name per attention, as in the notebooks
+DESCRIPTION = (
+    "Multi-matrix Factorization Attention, derived, counted, measured; a KV-cache calculator."
+)
 
 
 def tex(source: str, block: bool = False) -> str:
@@ -40,7 +41,7 @@ def tex(source: str, block: bool = False) -> str:
     return f'<div class="formula">{math}</div>' if block else math
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Blocks of the page
 
 # The factors of W_c and U_c, each with its rows and columns; * marks what all heads share.
@@ -60,7 +61,11 @@ def family() -> str:
     size = {"H": 96, "C": 96 * cfg.latent / cfg.dim, "d": 96 * cfg.head_dim / cfg.dim}  # pixels
 
     def circuit(name: str, factors: str) -> str:
-        boxes = [f'<div class="factor"><span>{tex(name + " =")}</span></div>'] if ", " in factors else []
+        boxes = (
+            [f'<div class="factor"><span>{tex(name + " =")}</span></div>']
+            if ", " in factors
+            else []
+        )
         for factor in factors.split(", "):
             label, rows, columns = factor.lstrip("*").split()
             shared = " shared" * factor.startswith("*")
@@ -71,9 +76,8 @@ def family() -> str:
     members = []
     for attn, (W, U) in FAMILY.items():
         counts = ATTENTION[attn].counts(preset("paper-1b", attn))
-        says = (
-            f"{counts.heads:,} heads of rank {counts.rank:,}, {counts.kv_cache:,} numbers kept, {short(counts.params)} weights"
-        )
+        heads = f"{counts.heads:,} heads of rank {counts.rank:,}"
+        says = f"{heads}, {counts.kv_cache:,} numbers kept, {short(counts.params)} weights"
         members.append(
             f'<div class="member" style="--color:var(--{attn})">'
             f"<header><strong>{NAME[attn]}</strong><span>{says}</span></header>"
@@ -84,21 +88,28 @@ def family() -> str:
 
 def calculator() -> str:
     """The places that calculator.js fills."""
-    serving = "attention|kept, per token and layer|bytes per token|cache|read once|tokens/s at most|sequences that fit"
+    serving = "attention|kept, per token and layer|bytes per token|cache|read once"
+    serving += "|tokens/s at most|sequences that fit"
     capacity = "attention|parameters of a layer|heads|rank of a head|shared dimension|total rank"
     precisions = {4: "32 bits (float32)", 2: "16 bits (bfloat16)", 1: "8 bits"}
-    options = "".join(f'<option value="{size}">{name}</option>' for size, name in precisions.items())
+    options = "".join(
+        f'<option value="{size}">{name}</option>' for size, name in precisions.items()
+    )
     return (
         '<div id="calculator"><noscript>The calculator needs JavaScript.</noscript>'
-        '<span class="choice"><label for="calc-preset">preset </label><select id="calc-preset"></select></span>'
-        f'<span class="choice"><label for="calc-bytes">precision </label><select id="calc-bytes">{options}</select></span>'
+        '<span class="choice"><label for="calc-preset">preset </label>'
+        '<select id="calc-preset"></select></span>'
+        '<span class="choice"><label for="calc-bytes">precision </label>'
+        f'<select id="calc-bytes">{options}</select></span>'
         '<ul class="bars" id="calc-bars"></ul><div id="calc-fields"></div>'
-        f"{html_table(serving.split('|'), [], 'calc-serving')}{html_table(capacity.split('|'), [], 'calc-capacity')}</div>"
+        f"{html_table(serving.split('|'), [], 'calc-serving')}"
+        f"{html_table(capacity.split('|'), [], 'calc-capacity')}</div>"
     )
 
 
 def missing(file: str, script: str) -> str:
-    return f'<p class="missing">Not measured yet: there is no <code>{file}</code> (<code>{script}</code> makes it).</p>'
+    what = f"there is no <code>{file}</code> (<code>{script}</code> makes it)"
+    return f'<p class="missing">Not measured yet: {what}.</p>'
 
 
 def html_table(head: list[str], rows: list[list[str]], name: str = "") -> str:
@@ -111,7 +122,8 @@ def html_table(head: list[str], rows: list[list[str]], name: str = "") -> str:
 
     body = "".join(line("td", row) for row in rows)
     place = f' id="{name}"' if name else ""
-    return f'<div class="scroll"><table><thead>{line("th", head)}</thead><tbody{place}>{body}</tbody></table></div>'
+    titles = f"<thead>{line('th', head)}</thead>"
+    return f'<div class="scroll"><table>{titles}<tbody{place}>{body}</tbody></table></div>'
 
 
 def perplexity(folder: Path) -> str:
@@ -119,7 +131,9 @@ def perplexity(folder: Path) -> str:
     found = figures.arms("figure1", folder)
     every = [ppl for arm in found for ppl in arm.ppl]
     if not every:
-        return missing("experiments/results/study.jsonl", "python experiments/run.py --study figure1")
+        return missing(
+            "experiments/results/study.jsonl", "python experiments/study/run.py --study figure1"
+        )
     low, high = min(every), max(every)
     lines = []
     for arm in found:
@@ -128,21 +142,32 @@ def perplexity(folder: Path) -> str:
         dots = "".join(f'<b style="left:{place:.1f}%;background:{color}"></b>' for place in places)
         name = f"{html.escape(arm.name)} ({100 * arm.share:.3g}%)"
         lines.append(
-            f'<li><span class="name">{name}</span><span class="track">{dots}</span><span class="value">{arm}</span></li>'
+            f'<li><span class="name">{name}</span><span class="track">{dots}</span>'
+            f'<span class="value">{arm}</span></li>'
         )
     devices = sorted({row["device"] for arm in found for row in arm.rows})
     note = (
-        f"Validation perplexity, lower is better: {low:.2f} at the left, {high:.2f} at the right. In brackets, the cache's "
-        f"share of MHA's. A dot is one seed; the number is their mean and standard deviation. "
+        f"Validation perplexity, lower is better: {low:.2f} at the left, {high:.2f} at the right. "
+        f"In brackets, the cache's share of MHA's. A dot is one seed; the number is their mean and "
+        f"standard deviation. "
         f"{figures.setting(found[0].rows[0])}, {html.escape(' and '.join(devices))}."
     )
     planned, by_name = figures.STUDIES["figure1"], {arm.name: arm for arm in found if arm.ppl}
     mha, mfa = (by_name.get(planned[arm].name) for arm in ("mha", "mfa"))
     few = min(len(arm.ppl) for arm in found) < 3
     if mha and mfa and (len(found) < len(planned) or few):
-        at, lower = f"MFA at {100 * mfa.share:.3g}% of its cache", statistics.mean(mha.ppl) < statistics.mean(mfa.ppl)
-        ahead, how = (f"on average MHA is ahead of {at}", "unlike") if lower else (f"on average MHA is behind {at}", "as")
-        so_far = f"{len(found)} of {len(planned)} models so far" + (", not all with three rates and seeds" if few else "")
+        at, lower = (
+            f"MFA at {100 * mfa.share:.3g}% of its cache",
+            statistics.mean(mha.ppl) < statistics.mean(mfa.ppl),
+        )
+        ahead, how = (
+            (f"on average MHA is ahead of {at}", "unlike")
+            if lower
+            else (f"on average MHA is behind {at}", "as")
+        )
+        so_far = f"{len(found)} of {len(planned)} models so far" + (
+            ", not all with three rates and seeds" if few else ""
+        )
         note = f"{so_far}: {ahead}, {how} in the paper. {note}"
     if any(arm.rows[0]["config"]["q_rank"] for arm in found):
         note += " A query rank of dim/2 is ours; the paper's is C."
@@ -160,7 +185,8 @@ def bars(rows: list[tuple[str, str, float, str]]) -> str:
     """Bars of (name, attention, value, text), as wide as their values."""
     most = max(value for _, _, value, _ in rows)
     lines = [
-        f'<li><span class="name">{name}</span><span class="track"><i style="width:{100 * value / most:.1f}%;'
+        f'<li><span class="name">{name}</span><span class="track">'
+        f'<i style="width:{100 * value / most:.1f}%;'
         f'background:var(--{attn})"></i></span><span class="value">{text}</span></li>'
         for name, attn, value, text in rows
     ]
@@ -170,25 +196,32 @@ def bars(rows: list[tuple[str, str, float, str]]) -> str:
 def speed(folder: Path) -> str:
     """Decoding at the paper's 1B shape: bars of tokens/s, and what lies behind them."""
     decode = figures.read_decode(folder)
-    found = [(attn, mode, row) for attn in ORDER for mode, row in figures.speeds(decode, attn).items()]
+    found = [
+        (attn, mode, row) for attn in ORDER for mode, row in figures.speeds(decode, attn).items()
+    ]
     if not found:
-        return missing("experiments/results/decode.json", "python experiments/bench_decode.py")
-    head = ["attention", "ms a step", "floor, ms", "share of the floor", "cache measured, GB", "cache counted, GB"]
-    rows = [
-        [mode_name(attn, mode), f"{row['ms']:.2f}", f"{row['floor_ms']:.2f}", f"{100 * row['floor_share']:.0f}%",
-         f"{row['cache_bytes'] / 1e9:.3f}", f"{row['counts_bytes'] / 1e9:.3f}"]
-        for attn, mode, row in found
-    ]  # fmt: skip
-    bandwidth = min(decode.get("runs", {}).get(row.get("run"), decode)["bandwidth"] for *_, row in found)
+        return missing("experiments/results/decode.json", "python experiments/bench/decoding.py")
+    head = ["attention", "ms a step", "floor, ms", "share of the floor"]
+    head += ["cache measured, GB", "cache counted, GB"]
+    rows = []
+    for attn, mode, row in found:
+        times = [f"{row['ms']:.2f}", f"{row['floor_ms']:.2f}", f"{100 * row['floor_share']:.0f}%"]
+        sizes = [f"{row[name] / 1e9:.3f}" for name in ("cache_bytes", "counts_bytes")]
+        rows.append([mode_name(attn, mode), *times, *sizes])
+    bandwidth = min(
+        decode.get("runs", {}).get(row.get("run"), decode)["bandwidth"] for *_, row in found
+    )
     note = (
-        f"{figures.BATCH} sequences of {figures.CONTEXT:,} tokens, random weights, one {html.escape(decode['device'])}, "
+        f"{figures.BATCH} sequences of {figures.CONTEXT:,} tokens, random weights, "
+        f"one {html.escape(decode['device'])}, "
         f"whose measured copy bandwidth is {bandwidth / 1e12:.2f} TB/s."
     )
     rate = {attn: row["tokens_per_s"] for attn, _, row in found}
     if {"mha", "mfa"} <= rate.keys():
         note += f" MFA makes {rate['mfa'] / rate['mha']:.1f} times MHA's tokens per second here."
     drawn = [
-        (mode_name(attn, mode), attn, row["tokens_per_s"], f"{row['tokens_per_s']:,.0f} tokens/s") for attn, mode, row in found
+        (mode_name(attn, mode), attn, row["tokens_per_s"], f"{row['tokens_per_s']:,.0f} tokens/s")
+        for attn, mode, row in found
     ]
     return f'{bars(drawn)}<p class="note">{note}</p>{html_table(head, rows)}'
 
@@ -198,10 +231,15 @@ def profile(folder: Path) -> str:
     decode = figures.read_decode(folder)
     found = decode.get("profile")
     if not found or not found["steps"]:
-        return missing("experiments/results/decode.json", "python experiments/bench_decode.py --part profile")
+        return missing(
+            "experiments/results/decode.json", "python experiments/bench/decoding.py --part profile"
+        )
     kinds = list(found["steps"][0]["us"])
     rows = [
-        [mode_name(step["attn"], step["mode"]), *(f"{step['us'][kind] / 1000:.2f}" for kind in kinds)]
+        [
+            mode_name(step["attn"], step["mode"]),
+            *(f"{step['us'][kind] / 1000:.2f}" for kind in kinds),
+        ]
         for step in found["steps"]
     ]
     runs = {decode["runs"][step["run"]]["commit"][:7] for step in found["steps"]}
@@ -211,7 +249,14 @@ def profile(folder: Path) -> str:
 
 def step_time(folder: Path, mode: str, kernel: str) -> str:
     """Of MFA-KR."""
-    wanted = dict(model=figures.PRESET, attn="mfa_kr", mode=mode, kernel=kernel, batch=figures.BATCH, context=figures.CONTEXT)
+    wanted = dict(
+        model=figures.PRESET,
+        attn="mfa_kr",
+        mode=mode,
+        kernel=kernel,
+        batch=figures.BATCH,
+        context=figures.CONTEXT,
+    )
     row = figures.quickest(figures.read_decode(folder)["rows"], **wanted)
     return f"{row['ms']:.1f} ms" if row else figures.MISSING
 
@@ -219,15 +264,26 @@ def step_time(folder: Path, mode: str, kernel: str) -> str:
 def largest_batch(folder: Path) -> str:
     """The most sequences that fit, as bars."""
     rows = figures.read_decode(folder)["largest_batch"]
-    rows = [row for row in rows if row["context"] == figures.CONTEXT and "batch" in row]  # else it has an error
+    rows = [
+        row for row in rows if row["context"] == figures.CONTEXT and "batch" in row
+    ]  # else it has an error
     if not rows:
-        return missing("experiments/results/decode.json", "python experiments/bench_decode.py")
+        return missing("experiments/results/decode.json", "python experiments/bench/decoding.py")
     rows.sort(key=lambda row: ORDER.index(row["attn"]))
-    found = [(mode_name(row["attn"], row["mode"]), row["attn"], row["batch"], f"{row['batch']:,} sequences") for row in rows]
-    return bars(found) + f'<p class="note">The most sequences of {figures.CONTEXT:,} tokens before memory ran out.</p>'
+    found = [
+        (
+            mode_name(row["attn"], row["mode"]),
+            row["attn"],
+            row["batch"],
+            f"{row['batch']:,} sequences",
+        )
+        for row in rows
+    ]
+    what = f"The most sequences of {figures.CONTEXT:,} tokens before memory ran out."
+    return f'{bars(found)}<p class="note">{what}</p>'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figures in the text
 
 
@@ -243,12 +299,17 @@ def values(folder: Path) -> dict[str, str]:
     """What {{name}} stands for."""
     cfg = {attn: preset("paper-1b", attn) for attn in ATTENTION}
     kept = {attn: ATTENTION[attn].counts(cfg[attn]).kv_cache for attn in ATTENTION}
-    token = {attn: figures.cache_bytes(cfg[attn]) for attn in ATTENTION}
+    token = {attn: cache_bytes(cfg[attn]) for attn in ATTENTION}
     context, batch = figures.CONTEXT, figures.BATCH
     mla = preset("paper-1b", "mla", **figures.FIGURE1_MLA)
     wider = [ATTENTION["mfa"].counts(preset("paper-1b", "mfa", n_head=m)).params for m in (14, 15)]
-    mha_heads = [ATTENTION["mha"].counts(preset("paper-1b", "mha", n_head=n)).params for n in (16, 17)]
-    mqa_heads = [ATTENTION["mqa"].counts(preset("paper-1b", "mqa", n_head=n, head_dim=256)).params for n in (14, 15)]
+    mha_heads = [
+        ATTENTION["mha"].counts(preset("paper-1b", "mha", n_head=n)).params for n in (16, 17)
+    ]
+    mqa_heads = [
+        ATTENTION["mqa"].counts(preset("paper-1b", "mqa", n_head=n, head_dim=256)).params
+        for n in (14, 15)
+    ]
     with torch.device("meta"):
         weights = sum(p.numel() for p in GPT(cfg["mha"]).parameters())
     return {
@@ -260,8 +321,8 @@ def values(folder: Path) -> dict[str, str]:
         "fpba_kept": f"{kept['fpba']:,}",
         "mha_token": f"{token['mha']:,}",
         "kr_token": f"{token['mfa_kr']:,}",
-        "joint_token": f"{figures.cache_bytes(mla):,}",
-        "kr_saves": f"{100 * (1 - token['mfa_kr'] / figures.cache_bytes(mla)):.1f}%",
+        "joint_token": f"{cache_bytes(mla):,}",
+        "kr_saves": f"{100 * (1 - token['mfa_kr'] / cache_bytes(mla)):.1f}%",
         "mha_sequence": f"{token['mha'] * context / 1e9:.2f} GB",
         "kr_sequence": f"{token['mfa_kr'] * context / 1e9:.2f} GB",
         "mha_all": f"{token['mha'] * context * batch / 1e9:.0f} GB",
@@ -286,29 +347,45 @@ def values(folder: Path) -> dict[str, str]:
 
 
 def picture(path: Path, marker: str) -> str:
-    """The PNG, in base64, of the one code cell of a notebook that contains a text and shows a picture."""
+    """The PNG, in base64, of the one code cell of a notebook with a text and a picture."""
     if not path.exists():
         raise BadInput(f"walkthrough.md: {path.name} should be in notebooks/, and is not")
     found = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        shown = [output["data"]["image/png"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        shown = [
+            output["data"]["image/png"]
+            for output in cell.get("outputs", [])
+            if "image/png" in output.get("data", {})
+        ]
         if marker in "".join(cell["source"]):
             found += shown
     if len(found) != 1:
-        raise BadInput(f'walkthrough.md: "{marker}" should be in one cell of {path.name} with one picture, not {len(found)}')
+        raise BadInput(
+            f'walkthrough.md: "{marker}" should be in one cell of {path.name} with one picture, '
+            f"not {len(found)}"
+        )
     return "".join(found[0]).replace("\n", "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The page
 
 
 def render(markdown: str) -> tuple[str, str]:
     """Markdown as HTML, and the links to its sections."""
     md = MarkdownIt("commonmark", {"html": True}).enable("table")
-    md.use(dollarmath_plugin, double_inline=False, renderer=lambda source, options: tex(source, options["display_mode"]))
+    md.use(
+        dollarmath_plugin,
+        double_inline=False,
+        renderer=lambda source, options: tex(source, options["display_mode"]),
+    )
     for rule in ("math_inline", "math_block"):
-        md.add_render_rule(rule, lambda self, tokens, i, options, env: tex(tokens[i].content, tokens[i].type == "math_block"))
+        md.add_render_rule(
+            rule,
+            lambda self, tokens, i, options, env: tex(
+                tokens[i].content, tokens[i].type == "math_block"
+            ),
+        )
     tokens, links = md.parse(markdown), []
     for i, token in enumerate(tokens):
         if token.type == "heading_open" and token.tag == "h2":
@@ -319,9 +396,15 @@ def render(markdown: str) -> tuple[str, str]:
             source = child.attrGet("src") or ""
             if child.type == "image" and source.endswith(".ipynb"):
                 png = picture((HERE / source).resolve(), child.attrs.pop("title"))
-                width, height = struct.unpack(">II", base64.b64decode(png)[16:24])  # of a PNG, in its first 24 bytes
+                width, height = struct.unpack(
+                    ">II", base64.b64decode(png)[16:24]
+                )  # of a PNG, in its first 24 bytes
                 # On a phone a picture scrolls rather than shrink until its letters cannot be read.
-                size = {"width": width, "height": height, "style": f"min-width:{0.64 * width:.0f}px"}
+                size = {
+                    "width": width,
+                    "height": height,
+                    "style": f"min-width:{0.64 * width:.0f}px",
+                }
                 child.attrs |= {"src": f"data:image/png;base64,{png}"} | size
     body = md.renderer.render(tokens, md.options, {})
     body = re.sub(
@@ -330,7 +413,9 @@ def render(markdown: str) -> tuple[str, str]:
         body,
         flags=re.DOTALL,
     )
-    return body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>"), "".join(links)
+    return body.replace("<table>", '<div class="scroll"><table>').replace(
+        "</table>", "</table></div>"
+    ), "".join(links)
 
 
 def words(markdown: str) -> int:
@@ -344,24 +429,34 @@ def page(folder: Path = figures.RESULTS) -> str:
     """docs/index.html."""
     markdown = (HERE / "walkthrough.md").read_text(encoding="utf-8")
     body, links = render(markdown)
-    known = values(folder) | {"minutes": f"{round(words(markdown) / 220)}", "contents": f"<nav>{links}</nav>"}
+    known = values(folder) | {
+        "minutes": f"{round(words(markdown) / 220)}",
+        "contents": f"<nav>{links}</nav>",
+    }
     asked = set(re.findall(r"\{\{(\w+)\}\}", body))
     if asked != known.keys():
         raise BadInput(
-            f"walkthrough.md: {{{{name}}}} without a value, or a value without a place: {sorted(asked ^ known.keys())}"
+            f"walkthrough.md: {{{{name}}}} without a value, or a value without a place: "
+            f"{sorted(asked ^ known.keys())}"
         )
     for name, value in known.items():
         body = body.replace(f"<p>{{{{{name}}}}}</p>", value).replace(f"{{{{{name}}}}}", value)
     colors = "".join(f"--{attn}: {color};" for attn, color in COLOR.items() if attn != "fpba")
-    style = f":root {{ {colors} --fpba: var(--ink); }}\n" + (HERE / "page.css").read_text(encoding="utf-8")
-    script = (HERE / "calculator.js").read_text(encoding="utf-8").replace("/*presets*/{}", json.dumps(presets()))
+    style = f":root {{ {colors} --fpba: var(--ink); }}\n" + (HERE / "page.css").read_text(
+        encoding="utf-8"
+    )
+    script = (
+        (HERE / "calculator.js")
+        .read_text(encoding="utf-8")
+        .replace("/*presets*/{}", json.dumps(presets()))
+    )
     return f"""<!doctype html>
 <html lang="en">
 <!-- Made by docs/build.py from docs/walkthrough.md: edit that. -->
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="description" content="Multi-matrix Factorization Attention, derived, counted, measured; a KV-cache calculator.">
+<meta name="description" content="{DESCRIPTION}">
 <link rel="icon" href="data:,">
 <title>{re.search("^# (.*)", markdown)[1]}</title>
 <style>
@@ -383,15 +478,26 @@ def presets() -> dict[str, dict]:
     found = {}
     for name in PRESETS:
         cfg = preset(name, "mha")
-        same = {field: getattr(cfg, field) for field in ("n_layer", "dim", "head_dim", "n_kv_head", "mfa_n_head", "rope_dim")}
-        found[name] = same | dict(n_head=cfg.heads, latent_dim=cfg.latent, joint_dim=2 * cfg.latent, context=cfg.block_size)
+        same = {
+            field: getattr(cfg, field)
+            for field in ("n_layer", "dim", "head_dim", "n_kv_head", "mfa_n_head", "rope_dim")
+        }
+        found[name] = same | dict(
+            n_head=cfg.heads,
+            latent_dim=cfg.latent,
+            joint_dim=2 * cfg.latent,
+            context=cfg.block_size,
+        )
     return found
 
 
 def built() -> dict[Path, str]:
     """Every file that is made here, as it should be."""
     readme = ROOT / "README.md"
-    return {HERE / "index.html": page(), readme: figures.with_table(readme.read_text(encoding="utf-8"))}
+    return {
+        HERE / "index.html": page(),
+        readme: figures.with_table(readme.read_text(encoding="utf-8")),
+    }
 
 
 @dataclass

@@ -36,9 +36,9 @@ nb.start()  # plot style, float64, seed, no gradients
 import copy
 from dataclasses import replace
 
-import containment
+from experiments.paper import containment
 import matplotlib.pyplot as plt
-import paper
+from experiments.paper import tables as paper
 import torch
 from nb import COLOR, MARKER, NAME, check, close
 

@@ -327,7 +327,7 @@ close("absorbed, from normalised latents", (p @ c @ heads_of(normed.v) @ normed.
 def score_std(H, std, attn, **fields):
     layer = ATTENTION[attn](Config(attn=attn, dim=H, head_dim=H // 16, init_std=std, pos="none", **fields))
     state = torch.randn(1, 64, H)
-    q, (k, _) = layer.query(state, None), layer.recall(*layer.remember(state, None))
+    q, (k, _) = layer.query(state, None), layer.from_cache(*layer.to_cache(state, None))
     return (q @ k.mT * layer.scale).std().item()
 
 

@@ -34,7 +34,7 @@ nb.start()  # plot style, float64, seed, no gradients
 # %%
 from dataclasses import replace
 
-import containment
+from experiments.paper import containment
 import matplotlib.pyplot as plt
 import torch
 from nb import COLOR, NAME, check, close

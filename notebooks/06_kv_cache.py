@@ -36,9 +36,9 @@ nb.start()  # plot style, float64, seed, no gradients
 import json
 from dataclasses import replace
 
-import containment
+from experiments.paper import containment
 import matplotlib.pyplot as plt
-import paper
+from experiments.paper import tables as paper
 import torch
 from nb import COLOR, MARKER, NAME, check, close
 
@@ -308,7 +308,7 @@ plt.show()
 # few of them the speed-up is 1, however small the cache; for many it approaches $c_{\text{MHA}}/c$, here 8 for MFA and 16 for
 # MFA-KR. At $BS = W/c$ the cache takes as long as the weights.
 #
-# That is the prediction. What does a GPU do? `experiments/bench_decode.py` measures it; the next cell reads its results, if
+# That is the prediction. What does a GPU do? `experiments/bench/decoding.py` measures it; the next cell reads its results, if
 # they are there, and the plot after it puts them (hollow) beside the prediction (lines).
 
 # %%
@@ -358,7 +358,7 @@ plt.show()
 # 4. *The kernel does something else.* The formula lets MFA-KR read its key once for two uses. PyTorch's attention takes key and
 #    value as two tensors and reads both, so in an early measurement of this project MFA-KR gained 10% over MFA instead of a
 #    factor of 2. With `pre`, PyTorch's operations write all keys, rotated, to memory and read them back, in every step; in a
-#    kernel that turns them as they pass through (`experiments/decode.py`) it costs a sixth of a step. And a tiny model waits
+#    kernel that turns them as they pass through (`support/decode.py`) it costs a sixth of a step. And a tiny model waits
 #    for its launches, not for its bytes.
 #
 # Even then, wherever there is a cache, a smaller one means more users or longer contexts on the same GPU.

@@ -39,13 +39,14 @@ import statistics
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
-import studies
+from experiments.study import studies
 import torch
 from nb import COLOR, MARKER, NAME, check
-from plot import Results, difference, outcome
+from experiments.study.plot import Results, difference, outcome
 
 from mfa import ATTENTION, Config, preset
-from train import cache_bytes, count_params, match_params
+from mfa import cache_bytes
+from train import count_params, match_params
 
 torch.set_default_dtype(torch.float32)  # as models are trained: nothing below claims equality to 15 digits
 FIVE, SEEDS, STEPS = ("mha", "mqa", "mla", "mfa", "mfa_kr"), (0, 1), 100
@@ -97,7 +98,7 @@ for attn in FIVE:
 def scores_of_last(attn, x):
     """Scores of the last query on every key, for each head: x (B, T, H) -> (B, n, T)."""
     pos = torch.arange(x.shape[1])
-    q, (k, _) = attn.query(x, pos), attn.recall(*attn.remember(x, pos))
+    q, (k, _) = attn.query(x, pos), attn.from_cache(*attn.to_cache(x, pos))
     return attn.scale * (q[:, :, -1:] @ k.mT)[:, :, 0]  # no mask: the last query may look at all keys
 
 
@@ -299,11 +300,11 @@ plt.show()
 #
 # ## The real study
 #
-# `experiments/run.py` trains models of 30M parameters for 65M tokens of books on a GPU, in 4,000 steps of 32 x 512 tokens
+# `experiments/study/run.py` trains models of 30M parameters for 65M tokens of books on a GPU, in 4,000 steps of 32 x 512 tokens
 # except where a study asks about size, context, the number of steps or the start. For Figure 1 each attention is trained at
 # three learning rates with three seeds each, and shown at the rate with the lowest mean. One seed is not enough to choose: by
 # the first alone MHA's rate was another one, at which MFA at 25% was below it in every seed; now they are level.
-# `experiments/studies.py` lists all arms, with the paper's figures where the paper prints any. We read what has been measured
+# `experiments/study/studies.py` lists all arms, with the paper's figures where the paper prints any. We read what has been measured
 # so far, and take no number from memory.
 
 # %%
@@ -314,7 +315,7 @@ if rows:
     print(f"{len(results.done)} runs on books, {lost} of which did not train; {len(rows) - len(results.done)} on other texts")
 else:
     print("experiments/results/study.jsonl is not there yet, so the cells below show the paper's figures alone.")
-    print("To make it: python experiments/run.py --study figure1 (a GPU; many hours on a CPU)")
+    print("To make it: python experiments/study/run.py --study figure1 (a GPU; many hours on a CPU)")
 
 # %% [markdown]
 # First check what the file claims: count the parameters and the cache of every run of Figure 1 again, from its config.
@@ -324,7 +325,7 @@ figure1 = {arm: found for arm in studies.FIGURE1 if (found := results.trained("f
 seeds = " to ".join(str(n) for n in sorted({f(map(len, figure1.values()), default=0) for f in (min, max)}))
 count = sum(map(len, figure1.values()))
 print(f"Figure 1: {len(figure1)} of {len(studies.FIGURE1)} arms, {count} runs at the best rate tried so far")
-of_mha = count_params(studies.settle("figure1", "mha")[0])
+of_mha = count_params(studies.run_for("figure1", "mha", 1, 0).cfg)
 for row in (row for found in figure1.values() for row in found):
     cfg = Config(**row["config"])
     assert row["cache_bytes"] == cache_bytes(cfg) and row["params"] == count_params(cfg), row["arm"]

@@ -1,7 +1,11 @@
-"""What the notebooks share: paths, plot style, the two checks, a small training loop. Everything else they write out.
+"""What the notebooks share: paths, plot style, the two checks, a small training loop.
 
-close(what, a, b)            two tensors agree: prints the largest difference, raises AssertionError beyond `tol`
-check(n, answer, right, hint)   an exercise: right, not yet (with the hint), or not answered while it is still `...`
+close(what, a, b)               two tensors agree: prints the largest difference, raises
+                                AssertionError beyond `tol`
+check(n, answer, right, hint)   an exercise: right, not yet (with the hint), or not answered while
+                                it is still `...`
+
+Everything else the notebooks write out.
 """
 
 import sys
@@ -12,28 +16,28 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT / "experiments", ROOT):  # the checkout's own mfa.py, whatever is installed
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # the checkout's own mfa.py, whatever is installed
 
 import train as recipe  # noqa: E402
 from mfa import GPT, Config  # noqa: E402
-
-# One colour and marker per attention, the same in every notebook (Okabe and Ito's palette: safe for colour-blind eyes).
-COLOR = dict(fpba="#000000", mha="#0072B2", gqa="#56B4E9", mqa="#E69F00", mla="#CC79A7", mfa="#D55E00", mfa_kr="#009E73")
-MARKER = dict(fpba="P", mha="o", gqa="v", mqa="s", mla="D", mfa="^", mfa_kr="X")
-NAME = dict(fpba="FPBA", mha="MHA", gqa="GQA", mqa="MQA", mla="MLA", mfa="MFA", mfa_kr="MFA-KR")
+from support.machine import Machine  # noqa: E402
+from support.palette import COLOR, MARKER, NAME  # noqa: E402, F401
 
 STYLE = {
-    "figure.figsize": (6.4, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "figure.facecolor": "white",
-    "figure.constrained_layout.wspace": 0.05, "xtick.minor.size": 0,
-    "font.size": 10, "axes.titlesize": 11, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.8,
+    "figure.figsize": (6.4, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True,
+    "figure.constrained_layout.wspace": 0.05, "figure.facecolor": "white", "font.size": 10,
+    "axes.titlesize": 11, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "lines.linewidth": 1.8, "xtick.minor.size": 0,
 }  # fmt: skip
 
 
 def start(grad: bool = False) -> None:
-    """Plots in one style, float64 (so that "equal" can mean equal to 15 digits), a fixed seed, gradients if wanted."""
+    """Plots in one style, float64, a fixed seed, gradients if wanted.
+
+    In float64 "equal" can mean equal to 15 digits.
+    """
     plt.rcParams.update(STYLE)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
@@ -41,7 +45,7 @@ def start(grad: bool = False) -> None:
 
 
 def close(what: str, a: Tensor, b: Tensor, tol: float = 1e-12) -> None:
-    """Assert that two tensors agree: the largest difference, over the largest entry of b, is at most tol."""
+    """Assert that two tensors agree: largest difference over largest entry of b at most tol."""
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)} differ"
     error = ((a - b).abs().max() / b.abs().max().clamp_min(1e-300)).item()
     assert error <= tol, f"{what}: relative difference {error:.1e}, allowed {tol:.0e}"
@@ -52,19 +56,25 @@ OUTCOME: dict[int, bool] = {}  # of the exercises checked so far
 
 
 def check(number: int, answer, right, hint: str, tol: float = 1e-9) -> None:
-    """Tell whether `answer` is `right`: a number, a bool or a tensor. While it is `...`, only the hint is printed."""
+    """Tell whether `answer` is `right`: a number, a bool or a tensor.
+
+    While it is `...`, only the hint is printed.
+    """
     OUTCOME[number] = False
     if answer is ...:
         print(f"Exercise {number}: not answered yet. Hint: {hint}")
         return
-    a, b = torch.as_tensor(answer).detach().double(), torch.as_tensor(right).detach().double()
+    a, b = (torch.as_tensor(value).detach().double() for value in (answer, right))
     if a.shape != b.shape:
-        print(f"Exercise {number}: not yet, the shape is {tuple(a.shape)} and should be {tuple(b.shape)}. Hint: {hint}")
-    elif not (a - b).abs().max() <= tol * b.abs().max().clamp_min(1e-30):  # written so that NaN is wrong
+        shapes = f"the shape is {tuple(a.shape)} and should be {tuple(b.shape)}"
+        print(f"Exercise {number}: not yet, {shapes}. Hint: {hint}")
+        return
+    close_enough = (a - b).abs().max() <= tol * b.abs().max().clamp_min(1e-30)
+    if not close_enough:  # NaN is not
         print(f"Exercise {number}: not yet. Hint: {hint}")
-    else:
-        OUTCOME[number] = True
-        print(f"Exercise {number}: right.")
+        return
+    OUTCOME[number] = True
+    print(f"Exercise {number}: right.")
 
 
 def all_right(how_many: int = 3) -> None:
@@ -74,7 +84,9 @@ def all_right(how_many: int = 3) -> None:
 
 
 def shakespeare() -> tuple[Tensor, Tensor, str]:
-    """data/shakespeare.txt as character ids: the first 90% to train on, the rest to validate, and the characters."""
+    """data/shakespeare.txt as character ids, 90% to train on and the rest to validate, and the
+    characters.
+    """
     text = (ROOT / "data" / "shakespeare.txt").read_text(encoding="ascii")
     chars = "".join(sorted(set(text)))
     number = {c: i for i, c in enumerate(chars)}
@@ -84,39 +96,43 @@ def shakespeare() -> tuple[Tensor, Tensor, str]:
 
 
 @torch.enable_grad()
-def fit(model: GPT, ids: Tensor, steps: int, watch=None, seed: int = 0, lr: float = 3e-3, batch_size: int = 16) -> list[float]:
-    """Train with train.py's optimizer, schedule and batches; the training losses, one a step.
+def fit(model: GPT, ids: Tensor, steps: int, watch=None, seed: int = 0, lr: float = 3e-3,
+        batch_size: int = 16) -> list[float]:  # fmt: skip
+    """Train by train.py's recipe and train_step; the training losses, one a step.
 
-    watch(step, model) is called when the gradients of a step are there and the weights have not moved yet.
+    watch(step, model) is called when the gradients of a step are there, before they are clipped,
+    and the weights have not moved yet.
     """
-    args = recipe.Train(model=model.cfg, max_iters=steps, batch_size=batch_size, learning_rate=lr, seed=seed,
-                        warmup_iters=max(1, steps // 20))  # fmt: skip
-    device, losses = torch.device("cpu"), []
-    optimizer = recipe.make_optimizer(model.train(), args, device)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(step, args)
-        tokens = recipe.window(ids, recipe.batch_starts(args, step, len(ids)), model.cfg.block_size + 1, device)
-        loss = model(tokens[:, :-1], tokens[:, 1:])[1]
-        loss.backward()
+    args = recipe.Train(
+        model=model.cfg, max_iters=steps, batch_size=batch_size, learning_rate=lr, seed=seed,
+        warmup_iters=max(1, steps // 20),
+    )  # fmt: skip
+    machine, losses = Machine("cpu"), []
+    optimizer = recipe.make_optimizer(model.train(), args)
+    loss_of = machine.loss_function(model)
+
+    def before_the_weights_move(*_) -> None:
         if watch:
             watch(step, model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+
+    optimizer.register_step_pre_hook(before_the_weights_move)
+    for step in range(steps):
+        recipe.set_learning_rate(optimizer, recipe.learning_rate(step, args))
+        starts = recipe.batch_starts(args, step, len(ids))
+        tokens = recipe.take(ids, starts, model.cfg.block_size + 1, machine.device)  # (B, T + 1)
+        loss, _ = recipe.train_step(model, loss_of, [tokens], optimizer, machine, clip=0)
         losses.append(loss.item())
     return losses
 
 
 def validate(model: GPT, ids: Tensor, tokens: int = 16384) -> float:
     """Mean loss in nats per character over the first `tokens` of ids, by train.py's evaluate."""
-    import contextlib
-
-    return recipe.evaluate(model, ids[: tokens + 1], torch.device("cpu"), contextlib.nullcontext)
+    return recipe.evaluate(model, ids[: tokens + 1], Machine("cpu"))
 
 
 def new_model(seed: int = 0, **fields) -> GPT:
-    """A small float32 GPT on data/shakespeare.txt's 64 characters, the same weights for the same seed."""
+    """A small float32 GPT on the 64 characters; the same weights for the same seed."""
     torch.manual_seed(seed)
     small = dict(vocab_size=64, block_size=64, n_layer=2, dim=64, head_dim=16)
     return GPT(Config(**{**small, **fields})).float()

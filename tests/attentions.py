@@ -22,6 +22,15 @@ CASES = {
     "mfa": dict(attn="mfa"),
     "mfa low q_rank": dict(attn="mfa", q_rank=3),
     "mfa high q_rank": dict(attn="mfa", q_rank=25),
+    "fpba partly rotated": dict(attn="fpba", dim=10, n_head=0, rope_fraction=0.4),
+    "mha partly rotated": dict(attn="mha", rope_fraction=1 / 3),
+    "gqa partly rotated": dict(attn="gqa", n_head=6, rope_fraction=2 / 3),
+    "mla with a rope_fraction, which is not for it": dict(attn="mla", rope_fraction=0.5),
+    "mfa partly rotated": dict(attn="mfa", rope_fraction=0.4),
+    **{
+        f"mfa_kr partly rotated {reading}": dict(attn="mfa_kr", key_reuse_rope=reading, rope_fraction=0.4)
+        for reading in READINGS
+    },
     **{
         f"mfa_kr {reuse} {reading}": dict(attn="mfa_kr", key_reuse=reuse, key_reuse_rope=reading)
         for reuse in KEY_REUSE
@@ -34,6 +43,14 @@ NORMED = {
     "mla joint straight query normed": dict(attn="mla", joint_kv=True, compress_query=False, latent_norm=True),
     "mfa normed": dict(attn="mfa", latent_norm=True, q_rank=7),
     "mfa_kr normed": dict(attn="mfa_kr", latent_norm=True),
+    "mha qk_norm": dict(attn="mha", qk_norm=True),
+    "gqa qk_norm": dict(attn="gqa", n_head=6, qk_norm=True),
+    "mqa qk_norm": dict(attn="mqa", qk_norm=True),
+    "mfa qk_norm": dict(attn="mfa", qk_norm=True),
+    **{
+        f"mfa_kr qk_norm {reading}": dict(attn="mfa_kr", qk_norm=True, key_reuse_rope=reading, rope_fraction=0.4)
+        for reading in READINGS
+    },
 }
 ALL = CASES | NORMED
 MAIN = ("fpba", "mha", "mqa", "gqa", "mla", "mfa", "mfa_kr gated pre")  # the seven, as they come

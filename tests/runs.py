@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from mfa import Config
-from prepare_data import run_command
-from train import Train, load_checkpoint
+from support.cli import run_command
+from support.run_folder import load_checkpoint
+from train import Train
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(block_size=16, n_layer=1, dim=32, head_dim=8, rope_dim=4, ffn_dim=88, vocab_size=0)
@@ -47,3 +48,7 @@ def command(main, args_type, argv: list, defaults=None) -> int:
 
 def files_below(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def text(data: Path) -> list[str]:
+    return [f"--file={data / 'play.txt'}", f"--data_dir={data}"]

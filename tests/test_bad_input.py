@@ -5,8 +5,10 @@ be right. Every row starts in a folder with a text (play.txt), its data set (dat
 """
 
 import codecs
+import gzip
 import io
 import json
+import lzma
 import math
 import os
 import pickle
@@ -19,16 +21,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_test import identical
-from paper import Args as Paper
-from paper import main as paper_main
 from runs import FLAGS, ROOT, command, state
 
 import prepare_data
 import sample
 import train as trainer
-from prepare_data import BadInput, ByteTokenizer, load, prepare
-from train import Train, load_checkpoint
+from experiments.paper.tables import Args as Paper
+from experiments.paper.tables import main as paper_main
+from experiments.probes.kill_test import identical
+from prepare_data import load, prepare
+from support import files
+from support.cli import BadInput
+from support.run_folder import load_checkpoint
+from support.tokenizers import ByteTokenizer
+from train import Train
 
 DATA = Path("data/file-play-char")
 # What a row's command line starts from. Flags that come later win.
@@ -78,6 +84,15 @@ def encrypted() -> bytes:
     return bytes(raw)
 
 
+def zipped(*names: str) -> bytes:
+    """A zip of a text under each of these names."""
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name in names:
+            archive.writestr(name, "a text\n" * 50)
+    return whole.getvalue()
+
+
 def everything() -> dict:
     """Files with their bytes, and folders."""
     return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
@@ -97,9 +112,11 @@ def nothing() -> None:
     pass
 
 
-def write(files: dict[str, bytes]):
+def write(files: dict[str, bytes], folder: str = ""):
+    """Files with these bytes; in folder, where one is named, a file of somebody else's."""
+
     def do() -> None:
-        for name, data in files.items():
+        for name, data in (files | ({f"{folder}/thesis.txt": b"years"} if folder else {})).items():
             Path(name).parent.mkdir(exist_ok=True)
             Path(name).write_bytes(data)
 
@@ -160,7 +177,19 @@ TABLE = {
     ),
     "binary": (text(b"text\0not"), "prepare_data.py --file a.txt", "a.txt: is not text", "NUL byte at offset 4"),
     "binary, as bytes": (text(b"text\0"), "prepare_data.py --file a.txt --tokenizer byte", "NUL byte at offset 4"),
-    "UTF-16": (text("text".encode("utf-16")), "prepare_data.py --file a.txt", "a.txt", "in UTF-8"),
+    "UTF-16 without a mark": (text("text".encode("utf-16-le")), "prepare_data.py --file a.txt", "a.txt", "in UTF-8"),
+    "UTF-16 cut short": (
+        text("text".encode("utf-16")[:-1]), "prepare_data.py --file a.txt",
+        "a.txt: is not UTF-16, at offset 8 there is the byte 0x74; save it as UTF-8",
+    ),
+    "UTF-16 cut short, as bytes": (
+        text("text".encode("utf-16")[:-1]), "prepare_data.py --file a.txt --tokenizer byte", "a.txt: is not UTF-16, at offset 8",
+    ),
+    "UTF-16 that is binary": (text("te\0xt".encode("utf-16")), "prepare_data.py --file a.txt", "a.txt: is not text, there is a NUL in it"),
+    "UTF-16 of nothing": (text(codecs.BOM_UTF16_BE), "prepare_data.py --file a.txt", "a.txt: is empty"),
+    "UTF-32 beyond Unicode": (
+        text(codecs.BOM_UTF32_LE + b"a\0\0\0\0\0\x11\0"), "prepare_data.py --file a.txt", "a.txt: is not UTF-32, at offset 8",
+    ),
     "Latin-1": (
         text(b"x" * 1_000_001 + b"caf\xe9"), "prepare_data.py --file a.txt --tokenizer bpe",
         "a.txt: is not UTF-8, at offset 1,000,004 there is the byte 0xe9; save it as UTF-8, or use --tokenizer byte",
@@ -171,6 +200,16 @@ TABLE = {
     "no such file, to train on": (nothing, "train.py --file a.txt", "--file a.txt: there is no such file or folder"),
     "damaged xz": (write({"a.xz": b"x"}), "prepare_data.py --file a.xz", "a.xz: cannot be unpacked"),
     "damaged gz": (write({"a.gz": b"x"}), "prepare_data.py --file a.gz", "a.gz: cannot be unpacked"),
+    "gz cut short": (
+        write({"a.gz": gzip.compress(b"a text\n" * 50)[:-9]}), "prepare_data.py --file a.gz", "a.gz: cannot be unpacked, it is damaged",
+    ),
+    "xz cut short": (
+        write({"a.xz": lzma.compress(b"a text\n" * 50)[:-9]}), "prepare_data.py --file a.xz", "a.xz: cannot be unpacked, it is damaged",
+    ),
+    "gz of a picture": (write({"a.gz": gzip.compress(b"\x89PNG\0")}), "prepare_data.py --file a.gz", "a.gz: is not text, there is a NUL byte"),
+    "zip of two": (write({"a.zip": zipped("a.txt", "b.txt")}), "prepare_data.py --file a.zip", "a.zip: holds 2 files; a zip must hold exactly one"),
+    "zip of nothing": (write({"a.zip": zipped()}), "prepare_data.py --file a.zip", "a.zip: holds 0 files; a zip must hold exactly one"),
+    "zip of what macOS adds": (write({"a.zip": zipped("__MACOSX/._a.txt")}), "prepare_data.py --file a.zip", "a.zip: holds 0 files"),
     "encrypted zip": (write({"a.zip": encrypted()}), "prepare_data.py --file a.zip", "a.zip: cannot be unpacked"),
     "file without a name": (nothing, "prepare_data.py --file ''", "--file: is empty"),
     "few tokens to evaluate on": (nothing, "train.py --eval_tokens 3", "--eval_tokens 3: must be 0, for all, or at least"),
@@ -184,7 +223,47 @@ TABLE = {
     "folder with a bad text": (
         write({"my/a.txt": b"good", "my/b.txt": b"bad \xff"}), "prepare_data.py --file my", "b.txt: is not UTF-8, at offset 4",
     ),
-    "too short for bpe": (nothing, "prepare_data.py --file play.txt --tokenizer bpe", "--vocab_size 8192", "or less"),
+    "folder of nothing": (lambda: Path("my").mkdir(), "prepare_data.py --file my", "my: there is no text file in this folder"),
+    "folder of hidden files": (write({"my/.a.txt": b"text"}), "prepare_data.py --file my", "my: there is no text file in this folder"),
+    "folder of a run": (nothing, "prepare_data.py --file run", "run: there is no text file in this folder"),
+    "folder of a run, to train on": (nothing, "train.py --file run", "run: there is no text file in this folder"),
+    "folder of a data set": (nothing, "prepare_data.py --file data/file-play-char", "there is no text file in this folder"),
+    "folder of data sets": (nothing, "prepare_data.py --file data", "data: there is no text file in this folder"),
+    "folder of packed pictures": (
+        write({"my/a.gz": gzip.compress(b"\x89PNG\0")}), "prepare_data.py --file my", "my: there is no text file in this folder",
+    ),
+    "folder with a damaged UTF-16 text": (
+        write({"my/a.txt": b"good", "my/b.txt": codecs.BOM_UTF16_LE + b"x"}), "prepare_data.py --file my", "b.txt: is not UTF-16, at offset 2",
+    ),
+    "folder with a binary that begins as a text": (
+        write({"my/a.txt": b"good", "my/b.txt": b"x" * 10_000 + b"\0"}), "prepare_data.py --file my", "b.txt: is not text, there is a NUL byte at offset 10,000",
+    ),
+    # --separator
+    "separator that is nowhere": (
+        nothing, "prepare_data.py --file play.txt --separator ===", "--separator: stands between no two documents in play.txt; give one that does",
+    ),
+    "separator at the end only": (
+        text(b"to be or not\n---\n"), "prepare_data.py --file a.txt --separator '---\\n'", "--separator: stands between no two documents in a.txt",
+    ),
+    "separator at the beginning only": (
+        text(b"---to be or not\n"), "prepare_data.py --file a.txt --separator ---", "--separator: stands between no two documents in a.txt",
+    ),
+    "separator that is nowhere in a folder": (
+        write({"my/a.txt": b"one", "my/b.txt": b"two"}), "prepare_data.py --file my --separator ===", "--separator: stands between no two documents in my",
+    ),
+    "nothing but separators": (text(b"-=-=-="), "prepare_data.py --file a.txt --separator -=", "stands between no two documents in a.txt"),
+    "separator of a corpus": (nothing, "prepare_data.py --separator '\\n\\n'", "--separator", "goes with --file, a corpus has its own"),
+    "separator without end": (nothing, f"prepare_data.py --file play.txt --separator {'-' * 10_001}", "--separator: is longer than 10,000 characters"),
+    # What is in the way of a data set
+    "a file in the way": (
+        write({"data/file-a-char": b"x", "a.txt": b"text"}), "prepare_data.py --file a.txt", "data/file-a-char: is not a data set; move it, or give another --data_dir",
+    ),
+    "a folder in the way": (
+        write({"a.txt": b"text"}, folder="data/file-a-char"), "prepare_data.py --file a.txt", "data/file-a-char: is not a data set; move it",
+    ),
+    "a folder in the way of --overwrite": (
+        write({"a.txt": b"text"}, folder="data/file-a-char"), "prepare_data.py --file a.txt --overwrite", "data/file-a-char: is not a data set; move it",
+    ),
     # prepare_data.py's flags
     "no such corpus": (nothing, "prepare_data.py --dataset bible", "--dataset bible: is not one of shakespeare", "--file"),
     "two texts": (nothing, "prepare_data.py --file play.txt --dataset text8", "--file play.txt: does not go with", "text8"),
@@ -194,6 +273,22 @@ TABLE = {
     "negative vocabulary": (nothing, "prepare_data.py --tokenizer bpe --vocab_size -1", "--vocab_size -1: must be 257"),
     "vocabulary too large": (nothing, "prepare_data.py --tokenizer bpe --vocab_size 1000001", "to 1000000"),
     "vocabulary of characters": (nothing, "prepare_data.py --vocab_size 512", "--vocab_size 512: goes with --tokenizer bpe"),
+    "vocabulary of bytes": (nothing, "prepare_data.py --tokenizer byte --vocab_size 512", "goes with --tokenizer bpe only, not with byte"),
+    "half a vocabulary": (nothing, "prepare_data.py --tokenizer bpe --vocab_size 512.5", "--vocab_size", "'512.5'"),
+    "no name of a corpus": (nothing, "prepare_data.py --dataset ''", "--dataset : is not one of shakespeare"),
+    "corpus in capitals": (nothing, "prepare_data.py --dataset Shakespeare", "--dataset Shakespeare: is not one of shakespeare"),
+    "fewer contexts than none": (nothing, "prepare_data.py --context -5", "--context -5: must be 1 or more"),
+    "no source for the large one": (nothing, "prepare_data.py --dataset pg-books-large", "pg-books-large: cannot be downloaded; run", "train-6.txt"),
+    "large source that is the small one": (
+        write({f"books/train-{i}.txt": b"x" for i in range(2)}), "prepare_data.py --dataset pg-books-large --source books",
+        "--source books: there is no train-2.txt in it; give the folder that holds train-0.txt, train-1.txt, train-2.txt",
+    ),
+    "another text of the right name": (
+        write({"wiki/train.txt": b"x", "wiki/valid.txt": b"x"}), "prepare_data.py --dataset wikitext-2 --source wiki", "train.txt: is not the train.txt of this corpus",
+    ),
+    "damaged source": (
+        write({"wiki/train.txt.xz": b"x", "wiki/valid.txt": b"x"}), "prepare_data.py --dataset wikitext-2 --source wiki", "train.txt.xz: cannot be unpacked",
+    ),
     "no such tokenizer": (nothing, "prepare_data.py --tokenizer words", "words", "--tokenizer", "'char', 'byte', 'bpe'"),
     "contexts of nothing": (nothing, "prepare_data.py --context 0", "--context 0: must be 1 or more"),
     "not a number": (nothing, "prepare_data.py --context many", "--context", "'many'"),
@@ -314,6 +409,12 @@ DAMAGED = {
     "a smaller tokenizer": (
         meta(tokenizer={"kind": "char", "characters": "ab"}, vocab_size=2), "train.bin: holds the id 57, but the vocabulary ends at 1",
     ),
+    "a separator that is none": (meta(separator=3), "meta.json: 'separator' is no str"),
+    "a version that is true": (meta(version=True), "meta.json: 'version' is missing or no positive int"),
+    "sources that are none": (meta(sources={}), "meta.json: 'sources' is missing or no list"),
+    "a vocabulary below nothing": (meta(vocab_size=-1), "meta.json: 'vocab_size' is missing or no positive int"),
+    "more tokens than there are": (meta(train_tokens=18_001), "train.bin: is damaged: meta.json says 18,001 tokens of 2 bytes, it has 36,000"),
+    "no split": (meta(split=None), "meta.json: 'split' is missing or no str"),
     "no tokenizer": (meta(tokenizer={"kind": "bpe"}), "meta.json: the tokenizer's description is malformed: it has no 'tokens'"),
 }  # fmt: skip
 
@@ -421,7 +522,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_what_was_complete(line, fi
 
     kept, path = complete(), Path(file.format(pid=os.getpid()))
     path.parent.mkdir(exist_ok=True)
-    written = path.with_name(path.name + ".part") if path.suffix == ".pt" else path
+    written = path.with_name(path.name + ".part")
     written.symlink_to("/dev/full")
     assert call(line) == 2
     one_line(capsys, [f"{path}: No space left on device"])
@@ -501,7 +602,7 @@ def test_ctrl_c_at_any_line_of_preparing_leaves_the_data_set_of_before_or_after(
     def prepare_again():
         return prepare(file="play.txt", data_dir="data", overwrite=True)
 
-    old, sources = bytes_of_both(), [prepare_data.__file__, shutil.__file__]
+    old, sources = bytes_of_both(), [prepare_data.__file__, files.__file__, shutil.__file__]
     Path("play.txt").write_text(Path("play.txt").read_text(encoding="utf-8")[::-1], encoding="utf-8")
     shutil.copytree("data", "spare")
     lines = press_ctrl_c(sources, math.inf, prepare_again)

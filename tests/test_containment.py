@@ -1,11 +1,12 @@
-"""experiments/containment.py: weights copied from one attention into another give the same outputs."""
+"""experiments/paper/containment.py: weights copied from one attention into another give the same outputs."""
 
 import math
 
 import pytest
 import torch
 from attentions import CASES, KEY_REUSE, POSITIONS, READINGS, attention, difference, states
-from containment import (
+
+from experiments.paper.containment import (
     fold_key_reuse,
     gqa_to_mha,
     mfa_from_step3,
@@ -20,8 +21,7 @@ from containment import (
     mqa_to_mha,
     to_fpba,
 )
-from paper import ranks
-
+from experiments.paper.tables import ranks
 from mfa import FPBA, MFA, MFAKR, MHA, MLA, MQA
 
 every_position = pytest.mark.parametrize("pos", POSITIONS)
@@ -32,11 +32,11 @@ def same(new, old):
     return difference(new(x), old(x)) < 1e-12
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Between our own
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "fpba"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("fpba")])
 def test_fpba_contains_every_attention_without_positions(case):
     attn = attention(case, "none")
     fpba = to_fpba(attn)
@@ -164,14 +164,15 @@ def test_fpba_has_no_room_for_more_heads_than_channels():
         to_fpba(attention("mha", "none", n_head=23))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights of others, against their attention written down from its public description
 
 
 def draw(**shapes):
     generator = torch.Generator().manual_seed(5)
     return {
-        f"{name}.weight": torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.3 for name, shape in shapes.items()
+        f"{name}.weight": torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.3
+        for name, shape in shapes.items()
     }
 
 
@@ -193,7 +194,9 @@ def deepseek_attention(w, x, n, d, C, d_r, base, eps):
 
     def turned(t):  # (B, heads, T, d_r)
         pairs = torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous())
-        angle = torch.arange(T)[:, None] * base ** (-torch.arange(0, d_r, 2, dtype=torch.float64) / d_r)
+        angle = torch.arange(T)[:, None] * base ** (
+            -torch.arange(0, d_r, 2, dtype=torch.float64) / d_r
+        )
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
 
     if "q_proj.weight" in w:
@@ -211,14 +214,30 @@ def deepseek_attention(w, x, n, d, C, d_r, base, eps):
 @pytest.mark.parametrize("r", [0, 11])
 def test_mla_takes_deepseeks_weights(r):
     H, n, d, C, d_r = 20, 3, 6, 14, 4
-    query = dict(q_a_proj=(r, H), q_a_layernorm=(r,), q_b_proj=(n * (d + d_r), r)) if r else dict(q_proj=(n * (d + d_r), H))
-    w = draw(**query, kv_a_proj_with_mqa=(C + d_r, H), kv_a_layernorm=(C,), kv_b_proj=(n * 2 * d, C), o_proj=(H, n * d))
+    query = (
+        dict(q_a_proj=(r, H), q_a_layernorm=(r,), q_b_proj=(n * (d + d_r), r))
+        if r
+        else dict(q_proj=(n * (d + d_r), H))
+    )
+    w = draw(
+        **query,
+        kv_a_proj_with_mqa=(C + d_r, H),
+        kv_a_layernorm=(C,),
+        kv_b_proj=(n * 2 * d, C),
+        o_proj=(H, n * d),
+    )
     mla = mla_from_deepseek(w, rope_base=100.0)
     x = states(mla.cfg)
-    assert type(mla) is MLA and difference(mla(x), deepseek_attention(w, x, n, d, C, d_r, 100.0, 1e-6)) < 1e-12
+    assert (
+        type(mla) is MLA
+        and difference(mla(x), deepseek_attention(w, x, n, d, C, d_r, 100.0, 1e-6)) < 1e-12
+    )
 
     layer = {f"model.layers.7.self_attn.{name}": tensor for name, tensor in w.items()}
-    others = {"model.layers.7.mlp.gate_proj.weight": torch.zeros(1), "model.layers.77.self_attn.o_proj.weight": x}
+    others = {
+        "model.layers.7.mlp.gate_proj.weight": torch.zeros(1),
+        "model.layers.77.self_attn.o_proj.weight": x,
+    }
     again = mla_from_deepseek(layer | others, "model.layers.7.self_attn.", rope_base=100.0)
     assert torch.equal(again(x), mla(x))
 
@@ -233,7 +252,9 @@ def test_mla_takes_no_values_wider_than_its_keys():
 def step3_attention(w, x, m, C, base, eps):
     """Step-3's attention (arXiv:2507.19427): one key and value head, a normed query latent, half-split rotary pairs."""
     B, T, _ = x.shape
-    angle = torch.arange(T)[:, None] * base ** (-torch.arange(0, C, 2, dtype=torch.float64) / C)  # (T, C/2)
+    angle = torch.arange(T)[:, None] * base ** (
+        -torch.arange(0, C, 2, dtype=torch.float64) / C
+    )  # (T, C/2)
     turn = torch.polar(torch.ones_like(angle), angle)
 
     def turned(t):  # (B, heads, T, C): dimension i and i + C/2 are the real and the imaginary part
@@ -248,11 +269,21 @@ def step3_attention(w, x, m, C, base, eps):
 
 def test_mfa_takes_step3s_weights():
     H, m, C, r = 20, 3, 6, 11
-    w = draw(q_proj=(r, H), inter_norm=(r,), wq=(m * C, r), k_proj=(C, H), v_proj=(C, H), o_proj=(H, m * C))
+    w = draw(
+        q_proj=(r, H),
+        inter_norm=(r,),
+        wq=(m * C, r),
+        k_proj=(C, H),
+        v_proj=(C, H),
+        o_proj=(H, m * C),
+    )
     layer = {f"model.layers.0.self_attn.{name}": tensor for name, tensor in w.items()}
     mfa = mfa_from_step3(layer, "model.layers.0.self_attn.")
     x = states(mfa.cfg)
-    assert type(mfa) is MFA and difference(mfa(x), step3_attention(w, x, m, C, 500_000.0, 1e-5)) < 1e-12
+    assert (
+        type(mfa) is MFA
+        and difference(mfa(x), step3_attention(w, x, m, C, 500_000.0, 1e-5)) < 1e-12
+    )
 
 
 def test_step3s_own_shape_fits():
@@ -260,6 +291,8 @@ def test_step3s_own_shape_fits():
     shapes = dict(q_proj=(2048, 7168), inter_norm=(2048,), wq=(64 * 256, 2048), k_proj=(256, 7168), v_proj=(256, 7168),
                   o_proj=(7168, 64 * 256))  # fmt: skip
     with torch.device("meta"):
-        mfa = mfa_from_step3({f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()})
+        mfa = mfa_from_step3(
+            {f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
+        )
     assert (mfa.cfg.query_rank, mfa.cfg.latent, mfa.n_head) == (2048, 256, 64)
     assert mfa.counts(mfa.cfg).kv_cache == 512

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mfa import ATTENTION, PRESETS, Config, preset
-from prepare_data import BadInput
+from support.cli import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -23,7 +23,8 @@ INDEX = DOCS / "index.html"
 sys.path.insert(0, str(DOCS))
 
 import results_table as figures  # noqa: E402
-import studies  # noqa: E402
+
+from experiments.study import studies  # noqa: E402
 
 
 @pytest.fixture(scope="module")

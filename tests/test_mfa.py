@@ -23,11 +23,12 @@ from attentions import (
     states,
     tokens,
 )
-from paper import body, ranks
 from torch.func import functional_call
 
-from mfa import ATTENTION, GPT, PRESETS, Config, KVCache, MoE, SwiGLU, alibi, pick, preset, rotate
-from train import attention_kernels
+from experiments.paper.tables import params_without_embedding, ranks
+from mfa import ATTENTION, GPT, PRESETS, Config, KVCache, MoE, SwiGLU, alibi, preset, rotate
+from mfa import draw as pick
+from support.machine import attention_kernels
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_case_normed_too = pytest.mark.parametrize("case", ALL)
@@ -162,7 +163,7 @@ def test_counts_are_those_of_the_tensors(case, pos):
     attn = attention(case, pos)
     counts = attn.counts(attn.cfg)
     assert counts.params == sum(p.numel() for p in attn.parameters())
-    assert counts.kv_cache == sum(heads * width for heads, width in attn.kept)
+    assert counts.kv_cache == sum(heads * width for heads, width in attn.cache_shapes)
     assert counts.heads == attn.n_head
     assert counts.total_rank == counts.heads * counts.rank
 
@@ -486,43 +487,6 @@ def test_generate_leaves_training_mode_as_it_was():
         model.train(mode)
         model.generate(tokens(model.cfg, T=3), 2)
         assert model.training is model.blocks[0].training is mode
-        stream = model.stream(tokens(model.cfg, T=3), 5)
-        next(stream)
-        stream.close()  # a reader who has seen enough
-        assert model.training is mode
-
-
-def test_a_sequence_that_has_drawn_stop_repeats_it_and_generation_ends_when_all_have():
-    model, T = gpt("mfa"), 3
-    prompt = tokens(model.cfg, T=T)
-    free = model.generate(prompt, 15, temperature=0)
-    stop = free[0, T + 2].item()
-    first = [row.index(stop) if stop in row else 15 for row in free[:, T:].tolist()]
-    out = model.generate(prompt, 15, temperature=0, stop=stop)
-    assert out.shape[1] == T + min(15, max(first) + 1)
-    for row, whole, at in zip(out[:, T:], free[:, T:], first, strict=True):
-        assert torch.equal(row[:at], whole[:at][: len(row)]) and (row[at:] == stop).all()
-
-
-def test_a_prompt_beyond_block_size_can_be_cut_to_its_end():
-    model = gpt("mfa")  # block_size 24
-    prompt = tokens(model.cfg, T=17).repeat(1, 2)
-    out = model.generate(prompt, 9, temperature=0, keep_end=True)
-    assert torch.equal(out[:, :34], prompt)
-    assert torch.equal(out[:, 34:], model.generate(prompt[:, -24:], 9, temperature=0)[:, 24:])
-
-
-def test_the_cache_of_generation_has_the_dtype_asked_for_and_the_decode_step_can_be_replaced():
-    model, seen = gpt("mfa"), []
-
-    def decode(model, new, cache):
-        seen.append((new.shape, cache.length, cache.layers[0][0].dtype))
-        return model.next_logits(new, cache)
-
-    prompt = tokens(model.cfg, T=3)
-    out = model.generate(prompt, 4, temperature=0, cache_dtype=torch.bfloat16, decode=decode)
-    assert seen == [((2, 1), length, torch.bfloat16) for length in (3, 4, 5)]  # after the prompt, one token at a time
-    assert torch.equal(out, model.generate(prompt, 4, temperature=0, cache_dtype=torch.bfloat16))
 
 
 def test_equal_generators_draw_equal_tokens():
@@ -579,7 +543,7 @@ def test_presets_have_the_sizes_they_are_named_for(name, attn, millions):
 @pytest.mark.parametrize("attn, billions", [("mha", "6.93"), ("mfa", "6.92"), ("mfa_kr", "6.93")])
 def test_the_7b_preset_adds_up_as_table_7_does(attn, billions):
     with torch.device("meta"):
-        assert f"{body(GPT(preset('paper-7b', attn))) / 1e9:.2f}" == billions
+        assert f"{params_without_embedding(GPT(preset('paper-7b', attn))) / 1e9:.2f}" == billions
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -721,22 +685,31 @@ def test_the_loss_falls_within_a_few_steps_for_every_attention():
         assert losses[0] == pytest.approx(math.log(16), rel=0.05) and losses[-1] < 0.8 * losses[0], attn
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that says it lies on a Mac's GPU."""
+
+    device = torch.device("mps")
+
+
 def test_scores_without_sdpas_grouping_are_the_same(monkeypatch):
     """enable_gqa may be missing on other devices; there keys and values are repeated."""
     attn = attention("gqa")
     x = states(attn.cfg)
     expected = attn(x)
-    sdpa = F.scaled_dot_product_attention
+    sdpa, arange, heads = F.scaled_dot_product_attention, torch.arange, []
 
-    def without_grouping(q, k, v, *args, enable_gqa, **kwargs):
-        repeated = [t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v)]
-        return sdpa(q, *repeated, *args, **kwargs)
+    def without_grouping(q, k, v, *args, enable_gqa=False, **kwargs):
+        assert not enable_gqa
+        heads.append((q.shape[1], k.shape[1], v.shape[1]))
+        return sdpa(q, k, v, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", without_grouping)
-    assert difference(attn(x), expected) < 1e-12
+    monkeypatch.setattr(torch, "arange", lambda *args, device=None, **how: arange(*args, **how))
+    found = attn(x.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
+    assert difference(found, expected) < 1e-12 and heads == [(6, 6, 6)]
 
 
-@pytest.mark.parametrize("case", [case for case in ALL if case != "fpba"])  # no other has FPBA's width of H
+@pytest.mark.parametrize("case", [case for case in ALL if "fpba" not in case])  # no other has FPBA's width of H
 def test_the_gradient_reaches_attention_with_the_same_strides_in_all_models(case, monkeypatch):
     """cuDNN's plan of a backward pass is kept for the next model, and knows no other strides (train.attention_kernels)."""
 
@@ -772,3 +745,116 @@ def test_models_after_one_another_get_the_gradients_that_other_kernels_give(T, o
             found.append(torch.autograd.grad(loss, weights))
         for ours, theirs in zip(*found, strict=True):
             assert ((ours - theirs).norm() / theirs.norm()).item() < 0.05, reading
+
+
+# --------------------------------------------------------------------------------------------------
+# What a rebuilding might lose without a word
+
+
+@the_seven
+def test_dropout_acts_on_attention_weights_in_training_alone(case):
+    attn = attention(case, dropout=0.5)
+    x = states(attn.cfg)
+    whole = attn.eval()(x)
+    assert torch.equal(attn(x), whole)
+    attn.train()
+    assert difference(attn(x), whole) > 1e-2 and difference(attn(x), attn(x)) > 1e-2
+
+
+@pytest.mark.parametrize("silent", ["attn.o", "ffn.w2"])
+def test_dropout_acts_on_what_attention_and_ffn_add_to_the_residual(silent):
+    block = gpt("mha", dropout=0.5).train().blocks[0]
+    torch.nn.init.zeros_(block.get_parameter(f"{silent}.weight"))
+    x = states(block.attn.cfg)
+    assert 0.4 < (block(x) == x).double().mean() < 0.6
+
+
+def test_swiglu_gates_w3_with_the_silu_of_w1():
+    ffn = randomized(SwiGLU(5, 8))
+    x, (w1, w3, w2) = vectors(3, 5), (getattr(ffn, name).weight.T for name in ("w1", "w3", "w2"))
+    gate = x @ w1
+    assert difference(ffn(x), (gate * gate.sigmoid() * (x @ w3)) @ w2) < 1e-12
+
+
+@the_seven
+def test_the_rotary_base_is_the_configs(case):
+    one, other = (attention(case, rope_base=base) for base in (100.0, 10_000.0))
+    assert difference(one(states(one.cfg)), other(states(one.cfg))) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["mha", "mla", "mla straight query", "mfa high q_rank"])
+def test_no_rank_exceeds_the_models_width(case):
+    attn = attention(case, "none", dim=4)
+    counts, measured = attn.counts(attn.cfg), ranks(attn)
+    assert measured.heads == [4] * counts.heads and measured.key_side == 4
+    assert (counts.rank, counts.shared_dim, counts.total_rank) == (4, 4, 4 * counts.heads)
+
+
+def test_the_ffn_is_eight_thirds_of_the_width_rounded_up_to_a_multiple_of_eight():
+    for dim in range(2, 200, 2):
+        ffn = Config(attn="mha", dim=dim, head_dim=2).ffn
+        assert ffn % 8 == 0 and ffn - 8 < 8 * dim / 3 <= ffn
+
+
+def test_what_is_given_beats_what_the_preset_has_for_the_attention():
+    assert preset("paper-7b", "mfa", n_expert=5, moe_ffn_dim=16).n_expert == 5
+
+
+def test_router_and_loss_are_no_less_than_float32():
+    layer, x = moe().bfloat16(), vectors(3, 50, 22).bfloat16()
+    layer(x)
+    share = layer.router(x).double().softmax(-1).flatten(0, 1).mean(0)
+    assert layer.balance.item() == pytest.approx(5 * (layer.load * share).sum().item(), rel=1e-5)
+    model = gpt("mfa").bfloat16()
+    assert model(tokens(model.cfg), tokens(model.cfg))[1].dtype == torch.float32
+
+
+def test_a_roomy_cache_does_not_lengthen_the_context():
+    model = gpt("mfa")  # block_size 24
+    cache = KVCache(model, 2, 40)
+    model(tokens(model.cfg), cache=cache)
+    with pytest.raises(ValueError, match="takes 1 to 24 tokens .block_size., not 25"):
+        model(tokens(model.cfg, T=8), cache=cache)
+
+
+def test_temperature_top_k_and_top_p_act_one_after_the_other():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().expand(4000, -1)
+
+    def drawn(logits, **how):
+        how = dict(temperature=1.0, top_k=None, top_p=None) | how
+        return pick(logits, **how, generator=torch.Generator().manual_seed(0)).unique().tolist()
+
+    assert drawn(logits, top_p=0.5) == [0, 1] and drawn(logits, top_p=0.5, temperature=0.4) == [0]
+    assert drawn(logits, top_k=2, top_p=0.5) == [0]  # 0.4 of the 0.7 that top_k leaves
+    assert drawn(logits, top_k=2, top_p=1.0) == [0, 1]
+    even = torch.zeros(4000, 4)
+    assert (
+        len(drawn(even, top_p=0.5)) == 2 and len(drawn(even, top_p=0.51)) == 3
+    )  # reached exactly, and not
+
+
+def test_generation_in_training_mode_knows_neither_dropout_nor_gradients():
+    model, grads = gpt("mfa", dropout=0.5), []
+    prompt = tokens(model.cfg, T=3)
+    quiet = model.generate(prompt, 9, temperature=0)
+    model.norm.register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
+    assert torch.equal(model.train().generate(prompt, 9, temperature=0), quiet)
+    assert grads == [False] * 9
+
+
+def test_a_model_in_bfloat16_draws_from_its_logits_in_float32():
+    model = gpt("mfa").bfloat16()
+    prompt = tokens(model.cfg, B=5000, T=2)
+    one, other = (torch.Generator().manual_seed(0) for _ in range(2))
+    drawn = pick(model.next_logits(prompt, None).float(), 1.0, None, None, one)
+    assert torch.equal(model.generate(prompt, 1, generator=other)[:, 2:], drawn)
+
+
+def test_every_norm_adds_the_configs_epsilon():
+    model = gpt("mfa normed", norm_eps=0.5)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.RMSNorm)]
+    assert len(norms) == 2 * 3 + 1  # before and inside each attention, before each FFN, at the end
+    for norm in norms:
+        x = vectors(3, *norm.weight.shape)
+        expected = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * norm.weight
+        assert difference(norm(x), expected) < 1e-12

@@ -1,181 +1,24 @@
-"""What prepare_data.py promises, one statement of fact a test. No test touches a network other than this machine's own."""
+"""What prepare_data.py promises, one statement of fact a test. No test touches a network."""
 
-import codecs
 import errno
-import gzip
 import hashlib
-import http.server
-import io
-import json
-import lzma
-import random
-import re
-import socket
+import os
+import shlex
+import shutil
 import subprocess
 import sys
-import threading
-import zipfile
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 import tiktoken
+from texts import MIXED, ROOT, SHAKESPEARE, content, run, small, text_of
 
 import prepare_data as pd
-from prepare_data import BadInput, BPETokenizer, ByteTokenizer, CharTokenizer, load, prepare, tokenizer_from, train_bpe
-
-ROOT = Path(pd.__file__).parent
-SHAKESPEARE = (ROOT / "data" / "shakespeare.txt").read_text(encoding="utf-8")
-MIXED = (
-    "naïve café, 東京 2024: don't!\n\n  def f(x):\r\n\treturn x  # 🙂 ok\n" * 3 + "aaaa aaaaaaa bababab\u00a0\u2003x   \n   y"
-)
-
-
-@pytest.fixture(scope="module")
-def bpe() -> BPETokenizer:
-    return BPETokenizer(train_bpe([SHAKESPEARE[:200_000], MIXED], 600), pd.PATTERN)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-def run(capsys, *argv: str) -> tuple[int, str, str]:
-    """prepare_data.py's exit code, stdout and stderr for these arguments."""
-    code = 0
-    try:
-        pd.run_command(pd.main, pd.Args, list(argv))
-    except SystemExit as e:
-        code = e.code
-    return code, *capsys.readouterr()
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def text_of(ids: np.ndarray, meta: dict) -> str:
-    return tokenizer_from(meta["tokenizer"]).decode(ids)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-def test_char_has_one_token_a_character_and_names_the_first_it_does_not_know():
-    tok = CharTokenizer("".join(sorted(set("hello 🙂"))))
-    assert tok.decode(tok.encode("ole 🙂 hell")) == "ole 🙂 hell"
-    assert (tok.n_vocab, tok.eot, tok.to_bytes(tok.encode("🙂"))) == (6, None, "🙂".encode())
-    with pytest.raises(BadInput, match=r"'é' \(U\+00E9\) at position 4 is not among the 6 characters .*' ehlo🙂'"):
-        tok.encode("hellé?")
-    assert tok.encode("").shape == (0,)
-
-
-def test_byte_is_256_bytes_and_the_end_of_text():
-    tok = ByteTokenizer()
-    assert (tok.n_vocab, tok.eot) == (257, 256)
-    assert tok.encode("é").tolist() == [0xC3, 0xA9]
-    assert tok.to_bytes([104, 105, 256]) == b"hi<|endoftext|>"
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_any_bytes_round_trip_through_byte_and_bpe(bpe, seed):
-    rng = random.Random(seed)
-    data = b"".join(
-        rng.choice([rng.randbytes(rng.randrange(9)), rng.choice(MIXED).encode(), b" the", b"\n\n", "東".encode()[:2]])
-        for _ in range(60)
-    )
-    for tok in (ByteTokenizer(), bpe):
-        ids = tok.encode_bytes(data)
-        assert tok.to_bytes(ids) == data
-        assert b"".join(tok.to_bytes([i]) for i in ids) == data  # token by token, as a sampler streams
-        assert tok.to_bytes(tok.encode(data.decode("utf-8", "surrogateescape"))) == data
-        assert tok.encode_bytes(b"").shape == (0,)
-
-
-def test_valid_utf8_has_the_same_tokens_as_text_and_as_bytes(bpe):
-    for tok in (ByteTokenizer(), bpe):
-        assert tok.encode_bytes(MIXED.encode()).tolist() == tok.encode(MIXED).tolist()
-        assert tok.decode(tok.encode(MIXED)) == MIXED
-
-
-def test_the_special_token_never_comes_out_of_text(bpe):
-    assert bpe.eot == bpe.n_vocab - 1 == 599
-    assert bpe.eot not in bpe.encode("a<|endoftext|>b")
-    assert bpe.decode(bpe.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
-    assert bpe.to_bytes([bpe.eot]) == b"<|endoftext|>"
-
-
-def naive_bpe(text: str, vocab_size: int) -> list[bytes]:
-    """The definition: count every pair anew, merge the most frequent (of equals the smallest) everywhere, repeat."""
-    words = [(list(chunk.encode()), n) for chunk, n in Counter(regex.findall(pd.PATTERN, text)).items()]
-    tokens = [bytes([b]) for b in range(256)]
-    while len(tokens) < vocab_size - 1:
-        count = Counter()
-        for word, n in words:
-            for pair in zip(word, word[1:], strict=False):
-                count[pair] += n
-        best = min(count, key=lambda pair: (-count[pair], pair), default=None)
-        if best is None or count[best] < 2:
-            break
-        for word, _ in words:
-            k = 0
-            while k < len(word) - 1:
-                if (word[k], word[k + 1]) == best:
-                    word[k : k + 2] = [len(tokens)]
-                k += 1
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-    return tokens
-
-
-@pytest.mark.parametrize(
-    "text",
-    [SHAKESPEARE[:20_000], MIXED, "aaaaaaa aaaa aaa aaaaaaaaa" * 2, "abababab baba abab aab baab " * 3, "x"],
-    ids=["shakespeare", "mixed", "runs", "overlaps", "nothing to merge"],
-)
-def test_bpe_training_is_the_exact_algorithm(text):
-    tokens = train_bpe([text], 500)
-    assert tokens == naive_bpe(text, 500)
-    assert len(set(tokens)) == len(tokens)
-
-
-def test_tiktoken_merges_as_the_training_did(bpe):
-    ranks = {token: i for i, token in enumerate(bpe.tokens)}
-    for chunk in set(regex.findall(pd.PATTERN, SHAKESPEARE[200_000:230_000] + MIXED)):
-        parts = [bytes([b]) for b in chunk.encode()]
-        while pairs := [(ranks[a + b], k) for k, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks]:
-            k = min(pairs)[1]
-            parts[k : k + 2] = [parts[k] + parts[k + 1]]
-        assert bpe.encode(chunk).tolist() == [ranks[part] for part in parts]
-
-
-def test_every_tokenizer_survives_json(bpe):
-    for tok in (CharTokenizer("\n ab🙂"), ByteTokenizer(), bpe):
-        again = tokenizer_from(json.loads(json.dumps(tok.spec())))
-        assert (again.n_vocab, again.eot, type(again)) == (tok.n_vocab, tok.eot, type(tok))
-        assert again.encode("ab 🙂").tolist() == tok.encode("ab 🙂").tolist()
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        None, [], {}, {"kind": "word"}, {"kind": "char"}, {"kind": "char", "characters": ""}, {"kind": "bpe"},
-        {"kind": "char", "characters": "aa"}, {"kind": "char", "characters": 3}, {"kind": "char", "characters": ["a"]},
-        {"kind": "bpe", "pattern": pd.PATTERN, "tokens": ""}, {"kind": "bpe", "pattern": pd.PATTERN, "tokens": "!!"},
-        {"kind": "bpe", "pattern": "(", "tokens": ByteTokenizer and " ".join(["AA=="] * 256)},
-    ],
-)  # fmt: skip
-def test_a_malformed_description_is_bad_input(spec):
-    with pytest.raises(BadInput, match="malformed"):
-        tokenizer_from(spec)
+from prepare_data import load, prepare
+from support import text_files
+from support.cli import BadInput
+from support.tokenizers import EOT, tokenizer_from
 
 
 def test_gpt2_says_in_one_line_how_to_provide_its_file(monkeypatch, tmp_path, capsys):
@@ -190,17 +33,13 @@ def test_gpt2_says_in_one_line_how_to_provide_its_file(monkeypatch, tmp_path, ca
 def test_gpt2_once_fetched_travels_in_the_meta_data(monkeypatch, tmp_path):
     order = list(range(33, 256)) + list(range(33))  # GPT-2's bytes do not come in the order of their values, either
     ranks = {bytes([b]): i for i, b in enumerate(order)} | {b"th": 256, b"the": 257}
-    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={pd.EOT: 258})
+    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={EOT: 258})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
     train, val, meta = load(prepare(tokenizer="gpt2", data_dir=tmp_path))
     monkeypatch.undo()
     assert meta["vocab_size"] == 259 and train[-1] == val[-1] == 258
     assert text_of(np.concatenate([train[:-1], val[:-1]]), meta) == SHAKESPEARE
     assert tokenizer_from(meta["tokenizer"]).encode("the").tolist() == [257]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is written
 
 
 def test_the_embedded_default_needs_no_network(no_network, tmp_path):
@@ -238,8 +77,8 @@ def test_a_folder_is_split_by_document_and_each_ends_with_the_end_of_text(tmp_pa
     (own / ".hidden").write_text("secret", encoding="utf-8")
     train, val, meta = load(prepare(file=own, tokenizer="byte", data_dir=tmp_path))
     whole = [f"document {i:02}\n" for i in range(21)]
-    assert text_of(val, meta) == "".join(d + pd.EOT for d in whole[9::10])
-    assert text_of(train, meta) == "".join(d + pd.EOT for i, d in enumerate(whole) if i % 10 != 9)
+    assert text_of(val, meta) == "".join(d + EOT for d in whole[9::10])
+    assert text_of(train, meta) == "".join(d + EOT for i, d in enumerate(whole) if i % 10 != 9)
     assert (meta["train_documents"], meta["val_documents"]) == (19, 2)
     assert len(load(prepare(file=own, tokenizer="char", data_dir=tmp_path))[1]) == 2 * len(whole[0])  # no such token
 
@@ -250,7 +89,7 @@ def test_of_a_few_documents_the_one_nearest_to_a_tenth_is_val(tmp_path):
     for name, n in (("a", 5), ("b", 100), ("c", 900)):
         (own / name).write_text(name * n, encoding="utf-8")
     _, val, meta = load(prepare(file=own, tokenizer="byte", data_dir=tmp_path))
-    assert text_of(val, meta) == "b" * 100 + pd.EOT
+    assert text_of(val, meta) == "b" * 100 + EOT
 
 
 def test_a_folder_of_one_file_is_split_by_position(tmp_path):
@@ -260,116 +99,12 @@ def test_a_folder_of_one_file_is_split_by_position(tmp_path):
     assert (len(train), len(val)) == (90, 10)
 
 
-def small(monkeypatch, name: str, folder: Path, *texts: str) -> Path:
-    """Put these texts in the place of a corpus' files, in folder and in the table."""
-    folder.mkdir(exist_ok=True)
-    files = []
-    for file, text in zip(pd.CORPORA[name].files, texts, strict=True):
-        (folder / file.name).write_bytes(text.encode())
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        files.append(replace(file, size=len(text.encode()), sha256=sha256))
-    monkeypatch.setitem(pd.CORPORA, name, replace(pd.CORPORA[name], files=tuple(files)))
-    return folder
-
-
-@pytest.mark.parametrize("block", [1, 7, 1_000_000])
-def test_lines_of_endoftext_become_the_token(monkeypatch, tmp_path, block):
-    monkeypatch.setattr(pd, "BLOCK", block)
-    texts = ("one\n<|endoftext|>\ntwo\n\n<|endoftext|>\n", "three <|endoftext|> 3\n<|endoftext|>\n", "four\n<|endoftext|>")
-    folder = small(monkeypatch, "pg-books", tmp_path / "books", *texts)
-    train, val, meta = load(prepare("pg-books", source=folder, tokenizer="byte", data_dir=tmp_path))
-    assert [d for d in text_of(train, meta).split(pd.EOT)] == ["one\n", "two\n\n", "three ", " 3\n", ""]
-    assert (train == 256).sum() == meta["train_documents"] == 3
-    assert meta["train_bytes"] == len("one\ntwo\n\nthree <|endoftext|> 3\n")
-    assert text_of(val, meta) == "four\n<|endoftext|>" and val[-1] == 256
-
-
-@pytest.mark.parametrize("block", [1, 1_000_000])
-def test_articles_of_wikitext_are_documents(monkeypatch, tmp_path, block):
-    monkeypatch.setattr(pd, "BLOCK", block)
-    article = " \n = Title = \n \n Some text . \n \n = = Part = = \n \n a = b \n"
-    folder = small(monkeypatch, "wikitext-2", tmp_path / "wiki", article * 3, article)
-    train, val, meta = load(prepare("wikitext-2", source=folder, tokenizer="byte", data_dir=tmp_path))
-    assert text_of(train, meta) == (article + pd.EOT) * 3 and text_of(val, meta) == article + pd.EOT
-
-
-def test_enwik8_leaves_its_test_set_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(pd, "BLOCK", 10)
-    monkeypatch.setattr(pd, "HUTTER_ENDS", (90, 100))
-    folder = small(monkeypatch, "enwik8", tmp_path / "hutter", "a" * 89 + "é" + "b" * 9 + "T" * 10)
-    train, val, meta = load(prepare("enwik8", source=folder / "enwik8", tokenizer="byte", data_dir=tmp_path))
-    assert text_of(train, meta) == "a" * 89 + pd.EOT  # é begins in the train bytes and ends in the val bytes
-    assert text_of(val, meta) == "é" + "b" * 9 + pd.EOT
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_streamed_text_has_the_tokens_of_the_whole(monkeypatch, bpe, seed):
-    rng = random.Random(seed)
-    text = "".join(rng.choice([*" \n\t\r'é東🙂1.", "  ", " \n", "the", "don't ", "\u2003"]) for _ in range(2000))
-    cuts = sorted(rng.sample(range(len(text)), 60))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    safe = list(pd.safe_pieces(pieces))
-    assert "".join(safe) == text and len(safe) > 30
-    gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    for tok in (bpe, BPETokenizer(bpe.tokens, gpt2)):
-        assert np.concatenate([tok.encode(piece) for piece in safe]).tolist() == tok.encode(text).tolist()
-
-
-def test_long_words_do_not_hold_the_stream_up():
-    assert list(pd.safe_pieces(["a b" + "c" * 9000, "d" * 9000 + " e"])) == ["a", " b" + "c" * 9000 + "d" * 9000, " e"]
-
-
 def test_more_than_65536_tokens_take_uint32(tmp_path):
     text = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))
     (tmp_path / "many.txt").write_bytes(text.encode())
     train, val, meta = load(prepare(file=tmp_path / "many.txt", data_dir=tmp_path))
     assert train.dtype == np.uint32 and meta["dtype"] == "uint32" and meta["vocab_size"] == 70_000
     assert text_of(train, meta) + text_of(val, meta) == text
-
-
-def test_line_ends_become_lf_and_the_mark_goes_except_for_bytes(monkeypatch, tmp_path):
-    monkeypatch.setattr(pd, "BLOCK", 3)
-    data = codecs.BOM_UTF8 + "a\r\nb\rc\né".encode() * 4
-    (tmp_path / "dos.txt").write_bytes(data)
-    train, val, meta = load(prepare(file=tmp_path / "dos.txt", data_dir=tmp_path))
-    assert text_of(train, meta) + text_of(val, meta) == "a\nb\nc\né" * 4
-    train, val, meta = load(prepare(file=tmp_path / "dos.txt", tokenizer="byte", data_dir=tmp_path))
-    assert ByteTokenizer().to_bytes(train[:-1]) + ByteTokenizer().to_bytes(val[:-1]) == data
-
-
-def test_bytes_take_text_that_is_not_utf8(tmp_path):
-    data = bytes(range(1, 256)) * 4
-    (tmp_path / "latin.txt").write_bytes(data)
-    train, val, meta = load(prepare(file=tmp_path / "latin.txt", tokenizer="byte", data_dir=tmp_path))
-    assert ByteTokenizer().to_bytes(train[:-1]) + ByteTokenizer().to_bytes(val[:-1]) == data
-    assert meta["train_bytes"] + meta["val_bytes"] == len(data)
-
-
-@pytest.mark.parametrize("ending", [".xz", ".gz", ".zip"])
-def test_packed_files_are_opened(monkeypatch, tmp_path, ending):
-    folder = small(monkeypatch, "tinyshakespeare", tmp_path / "tiny", SHAKESPEARE[:5000])
-    plain = folder / "tinyshakespeare.txt"
-    packed = plain.with_name(plain.name + ending)
-    if ending == ".zip":
-        with zipfile.ZipFile(packed, "w") as archive:
-            archive.write(plain, "input.txt")
-    else:
-        packed.write_bytes((lzma if ending == ".xz" else gzip).compress(plain.read_bytes()))
-    one = content(prepare("tinyshakespeare", source=plain, data_dir=tmp_path / "one"))
-    plain.unlink()
-    assert content(prepare("tinyshakespeare", source=packed, data_dir=tmp_path / "two")) == one
-    assert content(prepare("tinyshakespeare", source=folder, data_dir=tmp_path / "three")) == one
-
-
-def test_the_python_corpus_is_on_every_machine(no_network, tmp_path, monkeypatch):
-    library = tmp_path / "lib"
-    for name in ("a.py", "b/c.py", "test/d.py", "site-packages/e.py", "b/tests/f.py", "g.txt"):
-        (library / name).parent.mkdir(parents=True, exist_ok=True)
-        (library / name).write_text(f"# {name} {'x' * 50}\n", encoding="utf-8")
-    monkeypatch.setattr(pd.sysconfig, "get_path", lambda name: str(library))
-    train, val, meta = load(prepare("python", tokenizer="byte", data_dir=tmp_path))
-    assert sorted(re.findall(r"# (\S+)", text_of(train, meta) + text_of(val, meta))) == ["a.py", "b/c.py"]
-    assert meta["sources"][0]["name"].startswith("the standard library of Python 3")
 
 
 def test_a_data_set_is_made_once_until_its_text_changes(tmp_path, capsys):
@@ -409,7 +144,7 @@ def test_a_damaged_data_set_is_refused_and_with_overwrite_made_again_from_its_so
 def test_the_fraction_of_documents_cut_is_counted_on_contexts_end_to_end(monkeypatch):
     ids = np.array([1, 1, 1, 9, 1, 9, 1, 1, 9, 1, 1, 1, 9])  # documents at 0-3, 4-5, 6-8, 9-12
     assert [pd.fraction_cut(ids, 9, context) for context in (4, 1, 13, 2)] == [0.5, 1.0, 0.0, 0.75]
-    monkeypatch.setattr(pd, "BLOCK", 3)
+    monkeypatch.setattr(text_files, "BLOCK", 3)
     assert pd.fraction_cut(ids, 9, 4) == 0.5
 
 
@@ -426,32 +161,28 @@ def test_the_command_says_what_there_is_and_what_to_run_next(tmp_path, capsys):
     assert out.splitlines()[-1].startswith("next: python train.py --file") and "--tokenizer byte" in out.splitlines()[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All or nothing
-
-
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", ["train.bin", "val.bin", "meta.json"])
 def test_a_failure_while_writing_leaves_the_earlier_state(monkeypatch, tmp_path, failure, at):
     path = tmp_path / "notes.txt"
     path.write_text("abc " * 100, encoding="utf-8")
     data = tmp_path / "data"
-    write_file = pd.write_file
+    write_atomically = pd.write_atomically
 
-    def fail(target, blocks):
-        write_file(target, blocks)
+    def fail(target, write):
+        write_atomically(target, write)
         if target.name == at:
             raise failure
 
-    monkeypatch.setattr(pd, "write_file", fail)
+    monkeypatch.setattr(pd, "write_atomically", fail)
     with pytest.raises(type(failure)):
         prepare(file=path, data_dir=data)
     assert list(data.iterdir()) == []
-    monkeypatch.setattr(pd, "write_file", write_file)
+    monkeypatch.setattr(pd, "write_atomically", write_atomically)
     prepare(file=path, data_dir=data)
     before = content(data)
     path.write_text("other " * 100, encoding="utf-8")
-    monkeypatch.setattr(pd, "write_file", fail)
+    monkeypatch.setattr(pd, "write_atomically", fail)
     with pytest.raises(type(failure)):
         prepare(file=path, data_dir=data)
     assert content(data) == before
@@ -478,143 +209,6 @@ def test_a_failure_between_the_two_renames_leaves_the_earlier_state(monkeypatch,
     assert content(tmp_path) == before and (folder / "train.bin").stat().st_ino == same_file
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads, from a server on this machine
-
-WHOLE = SHAKESPEARE[:300_000].encode()
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    ranges, cuts, body, status = True, 0, WHOLE, 200  # honour Range; how many replies to cut; what to send
-    log: list[tuple[str | None, str]] = []
-
-    def do_GET(self):
-        cls, asked = type(self), self.headers.get("Range")
-        cls.log.append((asked, self.headers.get("User-Agent")))
-        if cls.status != 200:
-            return self.send_error(cls.status)
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and cls.ranges else 0
-        if start >= len(cls.body):
-            return self.send_error(416)
-        rest = cls.body[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(rest)))
-        self.end_headers()
-        if cls.cuts:
-            cls.cuts -= 1
-            rest = rest[:100_000]
-        self.wfile.write(rest)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """The handler's class, to be told how to behave, with tinyshakespeare in the table as the file it serves."""
-
-    class Handler(Server):
-        log = []
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("no_proxy", "*")
-    url = f"http://127.0.0.1:{web.server_port}/some/input.txt"
-    file = pd.File("both", "tinyshakespeare.txt", len(WHOLE), hashlib.sha256(WHOLE).hexdigest(), url)
-    corpus = replace(pd.CORPORA["tinyshakespeare"], files=(file,))
-    monkeypatch.setitem(pd.CORPORA, "tinyshakespeare", corpus)
-    Handler.path_kept = tmp_path / "raw" / "tinyshakespeare" / "input.txt"
-    Handler.part = tmp_path / "raw" / "tinyshakespeare" / "input.txt.part"
-    yield Handler
-    web.shutdown()
-    web.server_close()
-
-
-def fetch(capsys, tmp_path) -> tuple[int, str]:
-    code, _, err = run(capsys, "--dataset", "tinyshakespeare", "--data_dir", str(tmp_path))
-    assert code == 0 or (code == 2 and err.count("\n") == 1 and err.startswith("error: --dataset tinyshakespeare: "))
-    assert code == 0 or not (tmp_path / "tinyshakespeare-char").exists()
-    return code, err
-
-
-def test_a_corpus_is_downloaded_once(server, capsys, tmp_path):
-    assert fetch(capsys, tmp_path)[0] == 0
-    assert server.path_kept.read_bytes() == WHOLE and not server.part.exists()
-    assert len(server.log) == 1 and server.log[0][0] is None and "prepare_data.py" in server.log[0][1]
-    prepare("tinyshakespeare", tokenizer="byte", data_dir=tmp_path)
-    assert len(server.log) == 1
-
-
-def test_a_cut_connection_is_continued(server, capsys, tmp_path):
-    server.cuts = 2
-    assert fetch(capsys, tmp_path)[0] == 0
-    assert [asked for asked, _ in server.log] == [None, "bytes=100000-", "bytes=200000-"]
-    assert server.path_kept.read_bytes() == WHOLE
-
-
-def test_a_server_that_ignores_range_sends_the_whole_again(server, capsys, tmp_path):
-    server.ranges, server.cuts = False, 1
-    assert fetch(capsys, tmp_path)[0] == 0
-    assert len(server.log) == 2 and server.path_kept.read_bytes() == WHOLE
-
-
-def test_a_server_that_always_cuts_at_one_place_is_given_up(server, capsys, tmp_path):
-    server.ranges, server.cuts = False, 1000
-    code, err = fetch(capsys, tmp_path)
-    assert code == 2 and "cut after 100,000 of 300,000 bytes" in err and len(server.log) == 2
-
-
-def test_a_later_run_goes_on_from_the_part(server, capsys, tmp_path):
-    server.part.parent.mkdir(parents=True)
-    server.part.write_bytes(WHOLE[:250_000])
-    assert fetch(capsys, tmp_path)[0] == 0 and server.log[0][0] == "bytes=250000-" and len(server.log) == 1
-
-
-@pytest.mark.parametrize("part", [WHOLE, b"something else", WHOLE + b"and more"], ids=["whole", "other", "longer"])
-def test_a_part_that_is_whole_is_used_and_one_of_something_else_is_not(server, capsys, tmp_path, part):
-    server.part.parent.mkdir(parents=True)
-    server.part.write_bytes(part)
-    assert fetch(capsys, tmp_path)[0] == 0 and server.path_kept.read_bytes() == WHOLE
-
-
-def test_a_refusal_names_the_corpus_the_path_and_the_ways_out(server, capsys, tmp_path):
-    server.status = 403
-    code, err = fetch(capsys, tmp_path)
-    assert code == 2 and "HTTP 403" in err
-    for said in ("tinyshakespeare.txt by hand", str(server.part.parent), "--source", "--dataset shakespeare"):
-        assert said in err
-
-
-def test_without_a_network_the_error_says_the_same(monkeypatch, capsys, tmp_path):
-    def offline(*args, **kwargs):
-        raise OSError(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "create_connection", offline)
-    monkeypatch.setattr(socket, "getaddrinfo", offline)
-    monkeypatch.setenv("no_proxy", "*")
-    code, err = fetch(capsys, tmp_path)
-    assert code == 2 and "Name or service not known" in err and "--source" in err and "--dataset shakespeare" in err
-    put = tmp_path / "raw" / "tinyshakespeare" / "tinyshakespeare.txt"  # the file the message asks for
-    assert str(put) in err
-    put.write_bytes(WHOLE)
-    sha256 = hashlib.sha256(WHOLE).hexdigest()
-    files = (replace(pd.CORPORA["tinyshakespeare"].files[0], size=len(WHOLE), sha256=sha256),)
-    monkeypatch.setitem(pd.CORPORA, "tinyshakespeare", replace(pd.CORPORA["tinyshakespeare"], files=files))
-    assert fetch(capsys, tmp_path)[0] == 0
-
-
-@pytest.mark.parametrize("body", [WHOLE[:-1], b"X" + WHOLE[1:]], ids=["short", "changed"])
-def test_a_file_with_a_wrong_sum_is_removed(server, capsys, tmp_path, body):
-    server.body = body
-    code, err = fetch(capsys, tmp_path)
-    assert code == 2 and "sha256" in err and "was removed" in err
-    assert not server.part.exists() and not server.path_kept.exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is in the way (for bad input see test_bad_input.py)
-
-
 def test_what_is_in_the_way_is_left_alone(capsys, tmp_path):
     (tmp_path / "shakespeare-char").mkdir()
     (tmp_path / "shakespeare-char" / "thesis.txt").write_text("years of work", encoding="utf-8")
@@ -625,60 +219,293 @@ def test_what_is_in_the_way_is_left_alone(capsys, tmp_path):
         assert code == 2 and err.count("\n") == 1 and "move it" in err and content(tmp_path) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# run_command, which all four commands share
+# --------------------------------------------------------------------------------------------------
+# The user's own text
 
 
-def ends_with(capsys, error: BaseException) -> tuple[int, str]:
-    def main(args):
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        pd.run_command(main, pd.Args, [])
-    return stop.value.code, capsys.readouterr().err
+def own(tmp_path, text: str, name: str = "notes.txt") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
-def test_run_command_ends_in_one_line(capsys):
-    assert ends_with(capsys, BadInput("--x 1: two\nlines")) == (2, "error: --x 1: two lines\n")
-    assert ends_with(capsys, KeyboardInterrupt()) == (130, "interrupted\n")
-    assert ends_with(capsys, OSError(errno.ENOSPC, "No space left on device")) == (2, "error: No space left on device\n")
-    code, err = ends_with(capsys, PermissionError(errno.EACCES, "Permission denied", "/x/y"))
-    assert (code, err) == (2, "error: /x/y: Permission denied\n")
+def test_a_runs_files_do_not_become_the_text_of_the_next(tmp_path, capsys):
+    for name in "abc":
+        own(tmp_path, f"text {name}\n" * 20, name + ".txt")
+    folder = prepare(file=tmp_path, data_dir=tmp_path / "data")
+    first = content(folder)
+    run = tmp_path / "out" / "tiny-mfa"
+    run.mkdir(parents=True)
+    (run / "latest.pt").write_bytes(b"PK\3\4\0")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n' * 20, encoding="utf-8")
+    capsys.readouterr()
+    assert prepare(file=tmp_path, data_dir=tmp_path / "data") == folder and content(folder) == first
+    out = capsys.readouterr().out
+    assert "3 text files; left out: " in out and "1 as a run (out/tiny-mfa)" in out and "1 as a data set (data/" in out
+    assert prepare(file=tmp_path, data_dir=tmp_path / "data", overwrite=True) == folder and content(folder) == first
 
 
-def test_run_command_hides_no_mistake_of_the_program():
-    def main(args):
-        raise ValueError("a bug")
-
-    with pytest.raises(ValueError, match="a bug"):
-        pd.run_command(main, pd.Args, [])
-
-
-def test_run_command_takes_hyphens_underscores_and_defaults(capsys):
-    seen = []
-    for flag in ("--vocab_size", "--vocab-size"):
-        pd.run_command(seen.append, pd.Args, [flag, "300"], defaults=lambda argv: pd.Args(context=len(argv)))
-    assert seen == [pd.Args(vocab_size=300, context=2)] * 2
-    for argv in (["--nonsense", "1"], ["--tokenizer", "words"], ["--context", "many"]):
-        code, _, err = run(capsys, *argv)
-        assert code == 2 and "Traceback" not in err
-    code, out, _ = run(capsys, "--help")
-    assert code == 0 and "--vocab_size" in out and "trained here" in out
+@pytest.mark.parametrize("block", [1, 7, 1_000_000])
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "<|endoftext|>\n", "\n\n", "."])
+def test_documents_in_one_file_end_with_the_end_of_text_and_are_split_between_two(monkeypatch, tmp_path, separator, block):
+    monkeypatch.setattr(text_files, "BLOCK", block)
+    documents = [f"document {i}" for i in range(20)]
+    path = own(tmp_path, separator.join(documents))
+    train, val, meta = load(prepare(file=path, tokenizer="byte", data_dir=tmp_path, separator=separator))
+    assert text_of(train, meta) == "".join(d + EOT for d in documents[:18])
+    assert text_of(val, meta) == "".join(d + EOT for d in documents[18:])
+    assert (meta["train_documents"], meta["val_documents"]) == (18, 2)
+    assert meta["separator"] == separator and meta["split"].endswith("cut between two documents")
 
 
-def test_the_command_line_works_from_anywhere_and_when_nobody_reads(tmp_path):
-    script = [sys.executable, str(ROOT / "prepare_data.py")]
-    done = subprocess.run([*script, "--file", "nowhere"], cwd=tmp_path, capture_output=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
-    assert b"Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
-    code = "import prepare_data as p; p.run_command(lambda args: print('unread'), p.Args, [])"
-    pipe = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    pipe.stdout.close()
-    assert pipe.stderr.read() == b"" and pipe.wait(timeout=60) == 141
+def test_documents_of_a_folders_files_are_separated_too(tmp_path):
+    (tmp_path / "my").mkdir()
+    for i in range(3):
+        own(tmp_path, f"one {i}---two {i}---", f"my/{i}.txt")
+    train, val, meta = load(prepare(file=tmp_path / "my", tokenizer="byte", data_dir=tmp_path, separator="---"))
+    found = (text_of(train, meta) + text_of(val, meta)).split(EOT)
+    assert sorted(found) == ["", *(f"one {i}" for i in range(3)), *(f"two {i}" for i in range(3))]
 
 
-def test_output_is_utf8_whatever_the_terminal_says(monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
-    pd.run_command(lambda args: print("東京 \udcff"), pd.Args, [])
-    assert raw.getvalue().decode("utf-8").strip() == "東京 ?"
+def test_a_separator_is_remembered_changed_and_taken_back(tmp_path):
+    path = own(tmp_path, "a b\n--\nc d\n--\ne f\n==\n" * 9)
+    flags = dict(file=path, tokenizer="byte", data_dir=tmp_path)
+    plain = content(prepare(**flags))
+    split = content(prepare(**flags, separator="--\n"))
+    assert split != plain
+    assert content(prepare(**flags)) == split  # as train.py calls it
+    path.write_text(path.read_text() + "a b\n--\nc d\n")
+    assert load(prepare(**flags))[2]["separator"] == "--\n"
+    path.write_text("a b\n--\nc d\n--\ne f\n==\n" * 9)
+    assert content(prepare(**flags, separator="==\n")) != split
+    assert content(prepare(**flags, separator="")) == plain
+
+
+def test_the_separator_of_the_command_line_may_have_line_ends(tmp_path, capsys):
+    path = own(tmp_path, "a b\n\nc d\n\ne f\n\ng\\h\n\n")
+    for given, meant in ((r"\n\n", "\n\n"), (r"\\", "\\"), (" ", " ")):
+        code, out, _ = run(capsys, "--file", str(path), "--separator", given, "--tokenizer", "byte", "--data_dir", str(tmp_path))
+        assert code == 0 and load(tmp_path / "file-notes-byte")[2]["separator"] == meant
+
+
+def test_files_and_folders_of_other_names_have_data_sets_of_their_own(tmp_path):
+    (tmp_path / "v1.2").mkdir()
+    (tmp_path / "v1.3").mkdir()
+    names = ["notes.md", "notes.txt", "notes", "notes.txt.gz.txt", "v1.2/a.txt", "v1.3/a.txt"]
+    paths = [own(tmp_path, f"the text of {name} " * 9, name) for name in names[:-2]]
+    for name in names[-2:]:
+        paths.append(own(tmp_path, f"the text of {name} " * 9, name).parent)
+    paths.remove(tmp_path / "notes")  # one of notes and notes.txt takes the place of the other
+    folders = [prepare(file=path, data_dir=tmp_path / "data") for path in paths]
+    assert [folder.name for folder in folders] == [
+        "file-notes.md-char", "file-notes-char", "file-notes.txt.gz-char", "file-v1.2-char", "file-v1.3-char",
+    ]  # fmt: skip
+    for name, folder in zip([names[0], names[1], *names[3:]], folders, strict=True):
+        train, val, meta = load(folder)
+        assert text_of(train, meta) + text_of(val, meta) == f"the text of {name} " * 9
+
+
+def test_where_two_texts_share_a_data_set_it_is_made_again_and_said(tmp_path, capsys):
+    text = "the text of a " * 9
+    one = own(tmp_path, text)
+    (tmp_path / "other").mkdir()
+    two = own(tmp_path, text.upper(), "other/notes.txt")
+    three = own(tmp_path, text.title(), "notes")
+    said = []
+    for path in (one, two, three, one):
+        capsys.readouterr()
+        train, val, meta = load(prepare(file=path, data_dir=tmp_path))
+        assert text_of(train, meta) + text_of(val, meta) == path.read_text()
+        assert meta["sources"][0]["name"] == path.name
+        said.append("again, as its text or separator has changed" in capsys.readouterr().out)
+    assert said == [False, True, True, True]
+
+
+def test_a_small_text_has_the_merges_there_are(tmp_path, capsys):
+    path = own(tmp_path, "to be or not to be\n" * 9)
+    folder = prepare(file=path, tokenizer="bpe", data_dir=tmp_path)
+    meta = load(folder)[2]
+    assert folder.name == "file-notes-bpe8192" and 257 < meta["vocab_size"] < 300
+    said = capsys.readouterr().out
+    assert f"smaller than --vocab_size 8192: after {meta['vocab_size']} tokens no pair in this text occurs twice" in said
+    made = (folder / "train.bin").stat().st_ino
+    assert prepare(file=path, tokenizer="bpe", data_dir=tmp_path) == folder and (folder / "train.bin").stat().st_ino == made
+
+
+# --------------------------------------------------------------------------------------------------
+# What others put into a data set's folder
+
+FOREIGN = {".DS_Store": b"\0", "Thumbs.db": b"\0", "desktop.ini": b"[x]\n", "my remarks.txt": b"years of work"}
+
+
+def put_foreign_files(folder: Path) -> dict[str, bytes]:
+    for name, data in FOREIGN.items():
+        (folder / name).write_bytes(data)
+    (folder / "@eaDir").mkdir()
+    (folder / "@eaDir" / "thumb.jpg").write_bytes(b"x")
+    return FOREIGN | {"@eaDir/thumb.jpg": b"x"}
+
+
+def test_foreign_files_in_a_data_set_do_not_matter_and_are_never_deleted(tmp_path):
+    path = own(tmp_path, "abc " * 100)
+    folder = prepare(file=path, data_dir=tmp_path / "data")
+    foreign = put_foreign_files(folder)
+    before = content(folder)
+    prepare(file=path, data_dir=tmp_path / "data")
+    load(folder)
+    assert content(folder) == before
+    prepare(file=path, data_dir=tmp_path / "data", overwrite=True)
+    assert content(folder) == before
+    own(tmp_path, "abd " * 100)
+    prepare(file=path, data_dir=tmp_path / "data")
+    after = content(folder)
+    assert after != before and {name: after[name] for name in foreign} == foreign
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", None])
+def test_a_folder_with_nothing_but_what_a_file_manager_left_becomes_a_data_set(tmp_path, name):
+    folder = tmp_path / "shakespeare-char"
+    folder.mkdir()
+    if name:
+        (folder / name).write_bytes(b"\0")
+    assert prepare(data_dir=tmp_path) == folder and len(load(folder)[0]) == 1_070_120
+    assert not name or (folder / name).read_bytes() == b"\0"
+
+
+@pytest.mark.parametrize("at", ["first", "second", "third"])
+def test_a_kill_while_foreign_files_move_loses_none(monkeypatch, tmp_path, at):
+    folder = prepare(data_dir=tmp_path)
+    foreign = put_foreign_files(folder)
+    before = content(tmp_path)
+    rename, moves = Path.rename, []
+
+    def killed(self, target):
+        if self.parent.name == ".shakespeare-char.old":
+            moves.append(self)
+            if len(moves) == {"first": 1, "second": 2, "third": 3}[at]:
+                raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data_dir=tmp_path, overwrite=True)
+    monkeypatch.undo()
+    kept = {path.split("/", 1)[1]: data for path, data in content(tmp_path).items()}
+    assert {name: kept[name] for name in foreign} == foreign
+    prepare(data_dir=tmp_path)
+    assert content(tmp_path) == before
+
+
+# --------------------------------------------------------------------------------------------------
+# Installed, without this checkout
+
+
+def test_installed_the_text_comes_with_the_package_and_data_goes_to_the_working_directory(tmp_path):
+    site, here = tmp_path / "site-packages", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(ROOT / "support", site / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "prepare_data.py", site)
+    (site / "support" / "data").mkdir()
+    shutil.copy(ROOT / "data" / "shakespeare.txt", site / "support" / "data")
+    command = [sys.executable, "-m", "prepare_data"]
+    done = subprocess.run(command, cwd=here, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(content(here)) == [f"data/shakespeare-char/{name}" for name in ("meta.json", "train.bin", "val.bin")]
+    assert not (site / "data").exists()
+    (site / "support" / "data" / "shakespeare.txt").unlink()
+    command += ["--tokenizer", "byte"]
+    done = subprocess.run(command, cwd=here, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--dataset shakespeare: its text, " in done.stderr and "is missing; install this project again" in done.stderr
+
+
+@pytest.mark.parametrize("n, dtype", [(65_536, np.uint16), (65_537, np.uint32)])
+def test_ids_take_16_bits_up_to_65536_tokens_and_no_further(tmp_path, n, dtype):
+    text = "".join(map(chr, range(0x10000, 0x10000 + n)))
+    (tmp_path / "many.txt").write_bytes(text.encode())
+    train, val, meta = load(prepare(file=tmp_path / "many.txt", data_dir=tmp_path))
+    assert train.dtype == val.dtype == dtype and meta["vocab_size"] == n
+    assert text_of(train, meta) + text_of(val, meta) == text
+
+
+def test_a_folder_is_prepared_again_when_a_text_or_a_name_changes_at_equal_size(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in "ab":
+        (own / name).write_text(f"text {name}\n" * 9, encoding="utf-8")
+
+    def val() -> str:
+        _, ids, meta = load(prepare(file=own, tokenizer="byte", data_dir=tmp_path))
+        return text_of(ids, meta).removesuffix(EOT)
+
+    first, source = val(), load(tmp_path / "file-own-byte")[2]["sources"]
+    assert first == "text a\n" * 9
+    (own / "a").write_text("word a\n" * 9, encoding="utf-8")
+    assert val() == "word a\n" * 9
+    (own / "a").write_text("text a\n" * 9, encoding="utf-8")
+    assert val() == first and load(tmp_path / "file-own-byte")[2]["sources"] == source
+    (own / "b").rename(own / "c")
+    assert val() == first and load(tmp_path / "file-own-byte")[2]["sources"] != source
+
+
+def test_bpe_learns_from_the_train_split_alone(tmp_path):
+    (tmp_path / "own.txt").write_text("abc " * 900 + "xyz " * 100, encoding="utf-8")
+    folder = prepare(file=tmp_path / "own.txt", tokenizer="bpe", vocab_size=259, data_dir=tmp_path)
+    tokens = tokenizer_from(load(folder)[2]["tokenizer"]).tokens[256:]
+    assert len(tokens) == 2 and not set(b"xyz") & set(b"".join(tokens))
+
+
+def test_a_bpe_may_have_257_tokens_and_all_that_its_text_gives(tmp_path, capsys):
+    path = tmp_path / "own.txt"
+    path.write_text("ab " * 20, encoding="utf-8")
+    how = dict(file=path, tokenizer="bpe", data_dir=tmp_path)
+    most = load(prepare(**how, vocab_size=400))[2]["vocab_size"]
+    assert f"--vocab_size 400: after {most} tokens no pair" in capsys.readouterr().out
+    for size in (257, most):
+        assert load(prepare(**how, vocab_size=size))[2]["vocab_size"] == size
+        assert "no pair" not in capsys.readouterr().out
+    assert load(prepare(**how, vocab_size=most + 1))[2]["vocab_size"] == most
+    assert f"after {most} tokens no pair" in capsys.readouterr().out
+
+
+def test_a_bpe_has_8192_tokens_if_not_asked_for_others(tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("too short for that\n" * 9, encoding="utf-8")
+    prepare(file=tmp_path / "own.txt", tokenizer="bpe", data_dir=tmp_path)
+    assert "--vocab_size 8192: " in capsys.readouterr().out
+
+
+def test_documents_come_in_the_order_of_their_paths(tmp_path):
+    own = tmp_path / "own"
+    for name in ("b/1", "a/2", "c", "a/0"):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / name).write_text(f"{name}\n" * (1 if name == "c" else 90), encoding="utf-8")
+    train, val, meta = load(prepare(file=own, tokenizer="byte", data_dir=tmp_path))
+    documents = [document.split("\n")[0] for document in text_of(train, meta).split(EOT)]
+    assert documents == ["a/0", "a/2", "b/1", ""] and text_of(val, meta) == "c\n" + EOT
+
+
+def test_the_command_that_comes_next_has_all_flags_of_this_one(tmp_path, capsys):
+    path = tmp_path / "my own.txt"
+    path.write_text("as it was in the beginning\n" * 99, encoding="utf-8")
+    flags = ["--tokenizer", "bpe", "--vocab_size", "270", "--data_dir", str(tmp_path)]
+    code, out, _ = run(capsys, "--file", str(path), *flags)
+    command = shlex.split(out.splitlines()[-1].removeprefix("next: "))
+    assert code == 0 and command == ["python", "train.py", "--file", str(path), *flags]
+    _, _, meta = load(tmp_path / "file-my-own-bpe270")
+    size, tokens = meta["train_bytes"], meta["train_tokens"]
+    assert f"train: {tokens:,} tokens, {size:,} bytes ({size / tokens:.3f} bytes a token)" in out
+
+
+def test_all_three_files_are_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    said, fsync, rename = [], pd.os.fsync, Path.rename
+    monkeypatch.setattr(pd.os, "fsync", lambda f: (said.append("flushed"), fsync(f))[1])
+    monkeypatch.setattr(Path, "rename", lambda a, b: (said.append(Path(b).name), rename(a, b))[1])
+    prepare(data_dir=tmp_path)
+    assert said == ["flushed"] * 3 + ["shakespeare-char"]
+
+
+def test_bpe_learns_from_the_first_character_on(tmp_path):
+    path = own(tmp_path, "zq " + "ab " * 9 + "zq " + "ab " * 9)
+    folder = prepare(file=path, tokenizer="bpe", data_dir=tmp_path)
+    assert b"zq" in tokenizer_from(load(folder)[2]["tokenizer"]).tokens

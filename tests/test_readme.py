@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from prepare_data import run_command
+from support.cli import run_command
 
 markdown_it = pytest.importorskip("markdown_it")
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +41,8 @@ RUN = {
         TOY,
         "in out/small-mfa: best.pt",
     ),
-    "python experiments/run.py --study all --dry_run": ("", "still to make: "),
-    "python experiments/plot.py": ("", "experiments/README.md: "),
+    "python experiments/study/run.py --study all --dry_run": ("", "still to make: "),
+    "python experiments/study/plot.py": ("", "experiments/README.md: "),
     "python notebooks/build.py 04": ("", "04_mfa_solutions.ipynb: "),
     "python notebooks/build.py --check": ("", ""),
 }
@@ -56,18 +56,19 @@ NOT_RUN = {
     "O_i = sum_c sum_{j<=i} softmax_j(scale * x_i W_c x_j^T) x_j U_c": "a formula",
     "pip install -e .": "the copy is put on PYTHONPATH; .ci/run installs",
     'pip install -e ".[dev]"': ".ci/run does it",
+    "pip install .": "the same but for what may be edited",
     "python -m pytest": ".ci/run does it, or you do",
     "python train.py --preset small --tokenizer gpt2 --dataset wikitext-2": "a download; the next one runs with other text",
     "torchrun --nnodes=8 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py --preset small "
     "--tokenizer gpt2 --dataset wikitext-2 --grad_accum 1 --resume": "needs eight machines",
     "uv run train.py --attn mfa_kr": "makes an environment of its own: downloads",
-    "python experiments/bench_train.py --nanogpt FOLDER --part small": "needs a checkout of nanoGPT and a GPU",
-    "python experiments/run.py --study all --source DIR": "needs the text of pg-books, and hours of a GPU",
-    "python experiments/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
-    "python experiments/run.py --study all --smoke": "tests/test_study.py does it",
-    "python experiments/copying.py --jobs 1": "the same as the next one",
-    "python experiments/copying.py --jobs 2": "half an hour; tests/test_study.py runs it for two steps",
-    "python experiments/rounding.py": "three quarters of an hour; tests/test_study.py runs it with small models",
+    "python experiments/bench/training.py --nanogpt FOLDER --part small": "needs a checkout of nanoGPT and a GPU",
+    "python experiments/study/run.py --study all --source DIR": "needs the text of pg-books, and hours of a GPU",
+    "python experiments/study/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
+    "python experiments/study/run.py --study all --smoke": "tests/test_run.py does it",
+    "python experiments/probes/copying.py --jobs 1": "the same as the next one",
+    "python experiments/probes/copying.py --jobs 2": "half an hour; tests/test_copying.py runs it for two steps",
+    "python experiments/probes/rounding.py": "three quarters of an hour; tests/test_rounding.py runs it with small models",
     "python notebooks/build.py": "a minute and more; .ci/run executes every notebook",
     "python -m pytest --nbmake --nbmake-timeout=120 notebooks": ".ci/run does it",
 }
@@ -111,7 +112,7 @@ def test_every_command_is_run_in_its_order_or_has_a_reason():
 def follow(commands: list[str], place: Path) -> dict[str, subprocess.CompletedProcess]:
     """Type the commands one after the other in a new copy of the tree, on a machine without a GPU."""
     caches = shutil.ignore_patterns("__pycache__", ".*")
-    for folder in ("docs", "experiments", "notebooks"):
+    for folder in ("docs", "examples", "experiments", "notebooks", "support"):
         shutil.copytree(ROOT / folder, place / folder, ignore=caches)
     (place / "data").mkdir()
     for path in (*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "data" / "shakespeare.txt"):
@@ -149,16 +150,16 @@ def test_a_command_works(command, ran):
 
 
 # `python x.py --flags`, but for notebooks/build.py, which is run and has no run_command
-PROGRAM = re.compile(r"(?:python|uv run|torchrun .*?) ((?:experiments/)?\w+\.py.*)")
+PROGRAM = re.compile(r"(?:python|uv run|torchrun .*?) ((?:experiments/(?:\w+/)?)?\w+\.py.*)")
 OTHERWISE = [c for c in EACH_ONCE if PROGRAM.match(c) and (c in NOT_RUN or any(shown in c for shown in INSTEAD))]
-FLAGS = {"train": "Train", "sample": "Sample", "bench_train": "Bench"}  # the class of a program's flags, where it is not Args
+FLAGS = {"train": "Train", "sample": "Sample", "training": "Bench"}  # the class of a program's flags, where it is not Args
 
 
 @pytest.mark.parametrize("command", OTHERWISE)
 def test_what_is_not_run_as_it_stands_is_taken_by_its_program(command, tmp_path, monkeypatch):
     script, *argv = shlex.split(PROGRAM.match(command)[1])
     monkeypatch.chdir(tmp_path)  # --resume looks for no run of ours
-    module = importlib.import_module(Path(script).stem)
+    module = importlib.import_module(".".join(Path(script).with_suffix("").parts))
     got = []
-    run_command(got.append, getattr(module, FLAGS.get(module.__name__, "Args")), argv, getattr(module, "defaults", None))
+    run_command(got.append, getattr(module, FLAGS.get(Path(script).stem, "Args")), argv, getattr(module, "defaults", None))
     assert len(got) == 1

@@ -6,14 +6,16 @@ import sys
 
 import pytest
 import torch
+from attentions import gpt, tokens
 from runs import command, files_below, small
 
 import sample
-import train as trainer
 from mfa import ATTENTION, GPT, Config, KVCache
-from prepare_data import EOT, ByteTokenizer, CharTokenizer
-from sample import Sample
-from train import load_checkpoint, train
+from sample import Sample, stream
+from support.progress import Progress
+from support.run_folder import load_checkpoint
+from support.tokenizers import EOT, ByteTokenizer, CharTokenizer
+from train import train
 
 LINE = "-" * 40 + "\n"
 
@@ -23,8 +25,8 @@ def runs(data, tmp_path_factory):
     """A folder with a run of every attention below out/, the mfa_kr one newest."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot", lambda *_: None)
-        patch.setattr(trainer, "finish", lambda *_: None)
+        patch.setattr(Progress, "plot", lambda *_: None)
+        patch.setattr(Progress, "finish", lambda *_: None)
         for attn in ATTENTION:
             train(small(data, folder / "out" / f"tiny-{attn}", attn, max_iters=30, learning_rate=1e-2))
     return folder
@@ -140,7 +142,7 @@ def test_the_last_line_gives_tokens_speed_and_the_size_of_the_cache_that_was_use
             super().__init__(*args, **more)
             made.append(self)
 
-    monkeypatch.setattr("mfa.KVCache", Watched)
+    monkeypatch.setattr(sample, "KVCache", Watched)
     flags = f"--checkpoint=out/tiny-{attn}/best.pt", f"--max_new_tokens={n_new}", "--num_samples=2", "--prompt=to be"
     last = run(*flags)[1].splitlines()[-1]
     found = re.fullmatch(r"([\d,]+) tokens in ([\d.]+) s, ([\d,]+) tokens/s, cache ([\d,]+) bytes for (\d+) tokens", last)
@@ -196,8 +198,13 @@ def test_an_unknown_character_in_the_prompt_is_named(run):
 
 
 def test_without_a_prompt_a_char_model_starts_with_a_new_line_and_others_with_a_new_document(run, runs, tmp_path, monkeypatch):
-    seen, plain = [], GPT.stream
-    monkeypatch.setattr(GPT, "stream", lambda self, idx, *a, **k: (seen.append(idx.tolist()), plain(self, idx, *a, **k))[1])
+    seen = []
+
+    def noted(model, idx, *args, **options):
+        seen.append(idx.tolist())
+        return stream(model, idx, *args, **options)
+
+    monkeypatch.setattr(sample, "stream", noted)
     run("--max_new_tokens=1")
     run(checkpoint(tmp_path / "byte.pt", runs, ByteTokenizer()), "--max_new_tokens=1")
     run(checkpoint(tmp_path / "no line ends.pt", runs, CharTokenizer("abc")), "--max_new_tokens=1")
@@ -237,3 +244,124 @@ def test_sampling_writes_nothing(run, runs):
     before = files_below(runs)
     run("--max_new_tokens=3")
     assert files_below(runs) == before
+
+
+# --------------------------------------------------------------------------------------------------
+# stream()
+
+
+def streamed(model, prompt, *args, **options) -> torch.Tensor:
+    return torch.cat((prompt, *stream(model, prompt, *args, **options)), dim=1)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_stream_is_what_generate_draws(use_cache):
+    model = gpt("mfa_kr gated pre")  # block_size 24
+    prompt = tokens(model.cfg, T=5)
+    options = dict(temperature=1.3, top_k=9, top_p=0.8, use_cache=use_cache)
+    drawn = [
+        draw(model, prompt, 60, **options, generator=torch.Generator().manual_seed(3))
+        for draw in (GPT.generate, streamed)
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_a_stream_leaves_training_mode_as_it_was_when_its_reader_has_seen_enough():
+    model = gpt("mfa")
+    for mode in (True, False):
+        model.train(mode)
+        tokens_of = stream(model, tokens(model.cfg, T=3), 5)
+        next(tokens_of)
+        tokens_of.close()
+        assert model.training is mode
+
+
+def test_a_sequence_that_has_drawn_stop_repeats_it_and_generation_ends_when_all_have():
+    model, T = gpt("mfa"), 3
+    prompt = tokens(model.cfg, T=T)
+    free = model.generate(prompt, 15, temperature=0)
+    stop = free[0, T + 2].item()
+    first = [row.index(stop) if stop in row else 15 for row in free[:, T:].tolist()]
+    out = streamed(model, prompt, 15, temperature=0, stop=stop)
+    assert out.shape[1] == T + min(15, max(first) + 1)
+    for row, whole, at in zip(out[:, T:], free[:, T:], first, strict=True):
+        assert torch.equal(row[:at], whole[:at][: len(row)]) and (row[at:] == stop).all()
+
+
+def test_a_prompt_beyond_block_size_can_be_cut_to_its_end():
+    model = gpt("mfa")  # block_size 24
+    prompt = tokens(model.cfg, T=17).repeat(1, 2)
+    out = streamed(model, prompt, 9, temperature=0, keep_end=True)
+    assert torch.equal(out[:, :34], prompt)
+    assert torch.equal(out[:, 34:], model.generate(prompt[:, -24:], 9, temperature=0)[:, 24:])
+
+
+def test_the_cache_of_generation_has_the_dtype_asked_for_and_the_decode_step_can_be_replaced():
+    model, seen = gpt("mfa"), []
+
+    def decode(model, new, cache):
+        seen.append((new.shape, cache.length, cache.layers[0][0].dtype))
+        return model.next_logits(new, cache)
+
+    prompt = tokens(model.cfg, T=3)
+    out = streamed(model, prompt, 4, temperature=0, cache_dtype=torch.bfloat16, decode=decode)
+    assert seen == [((2, 1), length, torch.bfloat16) for length in (3, 4, 5)]  # after the prompt, one token at a time
+    assert torch.equal(out, streamed(model, prompt, 4, temperature=0, cache_dtype=torch.bfloat16))
+
+
+# --------------------------------------------------------------------------------------------------
+# What a rebuilding might lose without a word
+
+
+def test_all_options_of_drawing_reach_the_model_together(run, runs, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(model, idx, n, **options):
+        seen.append((n, dict(options)))
+        return stream(model, idx, n, **options)
+
+    monkeypatch.setattr(sample, "stream", noted)
+    flags = "--temperature=1.5 --top_k=9 --top_p=0.7 --keep_end --stop --no-cache"
+    flags += " --cache_dtype=bfloat16"
+    flag = checkpoint(tmp_path / "byte.pt", runs, ByteTokenizer())
+    run(flag, *flags.split(), "--max_new_tokens=3", "--seed=4", "--device=cpu")
+    ((n, how),) = seen
+    assert n == 3 and how.pop("generator").initial_seed() == 4 and how.pop("decode") is None
+    assert how == dict(
+        temperature=1.5, top_k=9, top_p=0.7, keep_end=True, stop=ByteTokenizer.eot,
+        use_cache=False, cache_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def test_a_character_of_several_tokens_is_shown_whole_and_one_cut_short_is_marked(
+    run, runs, tmp_path, monkeypatch
+):
+    ids = [*"é東".encode(), 0xC3]
+    made = lambda *_, **__: (torch.tensor([[i]]) for i in ids)  # noqa: E731
+    monkeypatch.setattr(sample, "stream", made)
+    flag = checkpoint(tmp_path / "byte.pt", runs, ByteTokenizer())
+    assert texts(run(flag, "--prompt=x", "--num_samples=2")[1]) == ["xé東\ufffd\n"] * 2
+
+
+def test_of_ids_beyond_the_tokenizer_s_not_even_the_first_is_shown(
+    run, runs, tmp_path, monkeypatch
+):
+    made = lambda *_, **__: (torch.tensor([[i]]) for i in (0, 3, 4, 2))  # noqa: E731
+    monkeypatch.setattr(sample, "stream", made)
+    flag = checkpoint(tmp_path / "padded.pt", runs, CharTokenizer("abc"), vocab_size=64)
+    code, out, _ = run(flag, "--prompt=b")
+    assert code == 0 and texts(out) == ["bac\n"]
+
+
+def test_the_newest_run_is_the_one_written_to_last_not_touched_last(run, runs):
+    latest = runs / "out" / "tiny-gqa" / "latest.pt"
+    before = latest.stat()
+    os.utime(latest, (before.st_atime, before.st_mtime - 3600))  # as a copy with its times kept
+    assert run("--max_new_tokens=1")[1].startswith("out/tiny-mfa_kr/best.pt: mfa_kr, step ")
+    os.utime(latest, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_seed_has_32_bits(run):
+    assert run("--seed=4294967295", "--max_new_tokens=1")[0] == 0
+    code, _, err = run("--seed=4294967296", "--max_new_tokens=1")
+    assert code == 2 and err == "error: --seed must be from 0 to 2^32 - 1, not 4294967296\n"

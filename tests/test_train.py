@@ -6,20 +6,36 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from kill_test import identical, kill_test
-from runs import FLAGS, ROOT, command, files_below, rows, small, state, train_losses
+from runs import FLAGS, ROOT, command, files_below, rows, small, state, text, train_losses
 
 import train as trainer
+from experiments.probes.kill_test import identical, kill_test
 from mfa import ATTENTION, GPT, PRESETS, Config, preset
-from prepare_data import BadInput, load
-from train import RECIPES, Train, batch_starts, count_params, defaults, evaluate, load_checkpoint, match_params, mha_of, train
+from prepare_data import load
+from support import files, machine, run_folder
+from support.cli import BadInput
+from support.machine import Machine
+from support.progress import Progress, duration
+from support.run_folder import Run, load_checkpoint, model_from
+from train import (
+    RECIPES,
+    Train,
+    batch_starts,
+    count_params,
+    defaults,
+    evaluate,
+    match_params,
+    mha_of,
+    train,
+)
 
 quick = pytest.mark.usefixtures("no_ceremony")
 CPU = torch.device("cpu")
@@ -68,10 +84,6 @@ def test_a_run_ends_with_a_sample_the_figures_where_everything_is_and_the_next_c
     assert printed.err == ""
     assert {path.name for path in out.iterdir()} == {"best.pt", "latest.pt", "metrics.jsonl", "loss.png"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def text(data: Path) -> list[str]:
-    return [f"--file={data / 'play.txt'}", f"--data_dir={data}"]
 
 
 @quick
@@ -134,7 +146,7 @@ def test_the_learning_rate_warms_up_in_a_line_and_decays_in_a_cosine():
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_weight_decay_is_on_matrices_only(attn):
     model = GPT(Config(attn=attn, dim=32, n_layer=2, head_dim=8, n_expert=2, moe_ffn_dim=8))
-    decayed, others = trainer.make_optimizer(model, Train(weight_decay=0.3), CPU).param_groups
+    decayed, others = trainer.make_optimizer(model, Train(weight_decay=0.3)).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0.0
     assert sorted(names[id(p)] for p in decayed["params"] + others["params"]) == sorted(names.values())
@@ -272,7 +284,7 @@ def test_evaluation_is_a_plain_loop_over_every_token_of_the_split_once(n):
     torch.manual_seed(0)
     model = GPT(Config(dim=32, n_layer=1, head_dim=8, block_size=16, dropout=0.5)).double()
     ids = torch.randint(65, (n,)).to(torch.int16)
-    found = evaluate(model, ids, CPU, nullcontext)
+    found = evaluate(model, ids, Machine("cpu"))
     assert model.training
     assert found == pytest.approx(plain_loss(model.eval(), ids), rel=1e-6)  # forward() takes the loss in float32
 
@@ -281,13 +293,19 @@ def test_evaluation_is_a_plain_loop_over_every_token_of_the_split_once(n):
 def test_evaluation_is_the_same_however_it_is_split(world, monkeypatch):
     model = GPT(Config(dim=32, n_layer=1, head_dim=8, block_size=16)).double()
     ids = torch.randint(65, (2 * 16384 + 777,)).to(torch.int16)  # three batches
-    alone, parts = evaluate(model, ids, CPU, nullcontext), []
-    monkeypatch.setattr(trainer.dist, "all_reduce", lambda both: parts.append(both.clone()))
+    alone_machine = Machine("cpu")
+    alone, counts, totals = evaluate(model, ids, alone_machine), [], []
+
+    def all_reduce(x):
+        (totals if x.is_floating_point() else counts).append(x.item())
+        x.fill_(1)
+
+    monkeypatch.setattr("support.machine.dist.all_reduce", all_reduce)
+    alone_machine.world = world
     for rank in range(world):
-        monkeypatch.setattr(trainer.dist, "all_reduce", lambda both: (parts.append(both.clone()), both.fill_(1.0)))
-        evaluate(model, ids, CPU, nullcontext, rank, world)
-    total, count = sum(parts).tolist()
-    assert count == len(ids) - 1 and total / count == pytest.approx(alone, rel=1e-9)
+        alone_machine.rank = rank
+        evaluate(model, ids, alone_machine)
+    assert sum(counts) == len(ids) - 1 and sum(totals) / sum(counts) == pytest.approx(alone, rel=1e-9)
 
 
 @quick
@@ -303,10 +321,10 @@ def test_evaluation_does_not_change_training(data, tmp_path):
 def test_the_validation_loss_is_over_the_whole_split_or_its_first_tokens(data, tmp_path):
     train(small(data, tmp_path / "all"))
     train(small(data, tmp_path / "part", eval_tokens=100))
-    model = trainer.model_from(load_checkpoint(tmp_path / "all" / "latest.pt"), tmp_path, CPU)
+    model = model_from(load_checkpoint(tmp_path / "all" / "latest.pt"), tmp_path, CPU)
     val = torch.from_numpy(load(data / "file-play-char")[1].astype("int16"))
     for name, ids in (("all", val), ("part", val[:101])):
-        assert rows(tmp_path / name)[-1]["val_loss"] == pytest.approx(evaluate(model, ids, CPU, nullcontext), rel=1e-9)
+        assert rows(tmp_path / name)[-1]["val_loss"] == pytest.approx(evaluate(model, ids, Machine("cpu")), rel=1e-9)
     assert len(val) == 2000
 
 
@@ -377,7 +395,7 @@ def test_a_disk_that_fills_up_leaves_the_last_complete_checkpoint(data, tmp_path
 
     plain = open
     full = lambda path, mode, **more: Full(plain(path, mode)) if str(path).endswith(".pt.part") else plain(path, mode, **more)  # noqa: E731
-    monkeypatch.setattr(trainer, "open", full, raising=False)
+    monkeypatch.setattr(files, "open", full, raising=False)
     with pytest.raises(OSError, match="No space left on device: .*best.pt"):
         train(small(data, tmp_path, max_iters=20, resume=True))
     after = files_below(tmp_path)
@@ -399,8 +417,8 @@ def uninterrupted(request, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted")
     args = small(data, out, dropout=request.param, **STEPS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot", lambda *_: None)
-        patch.setattr(trainer, "finish", lambda *_: None)
+        patch.setattr(Progress, "plot", lambda *_: None)
+        patch.setattr(Progress, "finish", lambda *_: None)
         train(args)
     return args
 
@@ -478,7 +496,7 @@ def stopped(data, tmp_path_factory):
     """The folder of a run of ten steps."""
     out = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "finish", lambda *_: None)
+        patch.setattr(Progress, "finish", lambda *_: None)
         train(small(data, out, max_iters=10))
     return out
 
@@ -522,7 +540,7 @@ def test_resuming_a_finished_run_says_again_how_it_ended(data, tmp_path, capsys)
 def test_flags_that_cannot_work_are_refused_before_anything_is_written(data, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="--resume goes on with the run that --overwrite would replace"):
         train(small(data, tmp_path / "run", resume=True, overwrite=True))
-    monkeypatch.setattr(trainer.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     with pytest.raises(BadInput, match=r"--compile needs a C\+\+ compiler on a CPU"):
         train(small(data, tmp_path / "run", compile=True))
     assert not (tmp_path / "run").exists()
@@ -547,7 +565,7 @@ def test_a_new_run_refuses_a_folder_that_holds_one_and_overwrite_replaces_it(dat
 
 
 def test_a_process_killed_at_random_moments_loses_nothing_and_leaves_no_unreadable_file():
-    result = kill_test(kills=3)  # experiments/kill_test.py does it 50 times
+    result = kill_test(kills=3)  # experiments/probes/kill_test.py does it 50 times
     assert sum(result["died_in"].values()) == 3 and result["identical_to_uninterrupted"]
 
 
@@ -618,31 +636,26 @@ def test_a_best_checkpoint_that_stands_alone_is_kept(stopped, data, tmp_path, mo
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.skipif(trainer.fcntl is None, reason="no locks on folders here")
+@pytest.mark.skipif(run_folder.fcntl is None, reason="no locks on folders here")
 def test_two_trainings_do_not_share_a_folder(data, tmp_path):
-    with trainer.alone_in(tmp_path):
+    with Run(tmp_path):
         with pytest.raises(BadInput, match="another process trains there"):
             train(small(data, tmp_path, max_iters=2))
     assert files_below(tmp_path) == {}
-    with trainer.alone_in(tmp_path):
+    with Run(tmp_path):
         pass  # it was let go
 
 
 @quick
 def test_a_run_that_never_began_leaves_no_checkpoint(data, tmp_path, monkeypatch):
-    plain = trainer.loss_function
-
-    def too_large(*args):
-        loss_of = plain(*args)
-        del loss_of
-
+    def too_large(self, *_):
         def fail(tokens):
             raise RuntimeError("not enough memory: you tried to allocate 1 EB")
 
         return fail
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "loss_function", too_large)
+        patch.setattr(Machine, "loss_function", too_large)
         with pytest.raises(BadInput, match="out of memory: try a smaller --batch_size"):
             trainer.main(small(data, tmp_path, max_iters=2))
     assert train(small(data, tmp_path, max_iters=2))["step"] == 2
@@ -653,7 +666,8 @@ def test_any_folder_name_can_stand_above_the_plot(tmp_path):
         out = tmp_path / name
         out.mkdir()
         (out / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n', encoding="utf-8")
-        trainer.plot(out, 2.0)
+        at = Progress(Train(), Machine("cpu"), Run(out, resume=False, overwrite=True), {}, best_loss=2.0)
+        at.plot()
         assert (out / "loss.png").stat().st_size > 1000
 
 
@@ -681,7 +695,7 @@ def torchrun(script: Path, out: Path, data: Path, *flags: str, restarts: int = 0
 def one_process(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("one_process")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "finish", lambda *_: None)
+        patch.setattr(Progress, "finish", lambda *_: None)
         train(small(data, out, max_iters=50))
     return out
 
@@ -729,3 +743,415 @@ def test_two_processes_take_over_from_one_restart_when_one_dies_stop_together_an
     assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in rows(one_process)]
     for one, two in zip(rows(one_process), rows(tmp_path), strict=True):
         assert two == pytest.approx(one, abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# In people's hands
+
+
+@quick
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_lost_terminal_saves_the_work(data, tmp_path, monkeypatch):
+    signals_at(monkeypatch, {13: signal.SIGHUP})
+    result = train(small(data, tmp_path))
+    assert (result["step"], result["stopped"]) == (13, signal.SIGHUP)
+    assert load_checkpoint(tmp_path / "latest.pt")["step"] == 13
+
+
+@quick
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_lost_terminal_that_nohup_ignores_stays_ignored(data, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals_at(monkeypatch, {13: signal.SIGHUP})
+        assert train(small(data, tmp_path))["step"] == 20
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_reader_of_the_output_that_has_gone_ends_the_run_saved(data, tmp_path):
+    argv = [sys.executable, str(ROOT / "train.py"), *FLAGS, *text(data), f"--out={tmp_path / 'run'}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*argv, "--max_iters=5000"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for line in process.stdout:
+        if line.startswith(b"step     12"):
+            break
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert (process.wait(), errors) == (141, b"")
+    assert 12 < load_checkpoint(tmp_path / "run" / "latest.pt")["step"] < 5000
+
+
+@quick
+def test_another_fault_of_the_device_keeps_its_traceback(data, tmp_path, monkeypatch):
+    def broken(self, *_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Machine, "loss_function", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        trainer.main(small(data, tmp_path))
+
+
+@quick
+def test_a_text_is_known_by_its_content_however_it_is_called(data, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_bytes((data / "play.txt").read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    out = ["--out=run", "--data_dir=d", *FLAGS]
+    assert command(trainer.main, Train, ["--file=notes.txt", *out], defaults) == 0
+    more = ["--resume", "--max_iters=22"]
+    assert command(trainer.main, Train, [*more, "--out=run", "--file=./notes.txt"], defaults) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    more = ["--resume", "--max_iters=24", "--out=../run"]
+    assert command(trainer.main, Train, more, defaults) == 0
+    assert load_checkpoint(tmp_path / "run" / "latest.pt")["step"] == 24
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+
+
+@quick
+def test_a_rate_that_jumps_since_more_steps_were_asked_for_is_told(data, tmp_path, capsys):
+    train(small(data, tmp_path, max_iters=20))
+    capsys.readouterr()
+    train(small(data, tmp_path, max_iters=40, resume=True))
+    assert "--max_iters was 20 and is 40: the learning rate now decays to there" in (
+        capsys.readouterr().out
+    )
+
+
+@quick
+def test_a_training_can_be_started_from_a_thread(data, tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(small(data, tmp_path))))
+    thread.start()
+    thread.join()
+    assert results[0]["step"] == 20
+
+
+@quick
+@pytest.mark.parametrize("attn", ["mha", "mfa_kr"])
+def test_muon_resumes_to_the_last_bit(attn, data, tmp_path, monkeypatch):
+    how = dict(optimizer="muon", attn=attn, max_iters=40, dropout=0.2, eval_interval=10)
+    train(small(data, tmp_path / "whole", **how))
+    signals_at(monkeypatch, {17: signal.SIGTERM})
+    train(small(data, tmp_path / "parts", **how))
+    train(small(data, tmp_path / "parts", resume=True, **how))
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_processes_give_the_losses_of_one_with_muon(data, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "finish", lambda *_: None)
+        train(small(data, tmp_path / "one", optimizer="muon", max_iters=50))
+    done = torchrun(ROOT / "train.py", tmp_path / "two", data, "--optimizer=muon")
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a rebuilding might lose without a word
+
+
+def scripted(monkeypatch, *losses: float) -> None:
+    """These validation losses, one an evaluation."""
+    left = iter(losses)
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: next(left))
+
+
+@quick
+def test_a_resumed_run_remembers_its_best_loss_and_keeps_that_checkpoint(
+    data, tmp_path, monkeypatch
+):
+    scripted(monkeypatch, 2.0, 3.0, 2.5, 2.75)
+    train(small(data, tmp_path, max_iters=10, eval_interval=5))
+    best = (tmp_path / "best.pt").read_bytes()
+    result = train(small(data, tmp_path, max_iters=20, eval_interval=5, resume=True))
+    assert (tmp_path / "best.pt").read_bytes() == best and load_checkpoint(tmp_path / "best.pt")[
+        "step"
+    ] == 5
+    assert load_checkpoint(tmp_path / "latest.pt")["best_loss"] == result["best_loss"] == 2.0
+
+
+@quick
+def test_of_equal_losses_the_first_is_the_best(data, tmp_path, monkeypatch):
+    scripted(monkeypatch, 2.0, 2.0)
+    train(small(data, tmp_path, eval_interval=10))
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 10
+
+
+@quick
+def test_bits_per_byte_are_of_the_validation_text(tmp_path):
+    (tmp_path / "own.txt").write_text("abcdefghij" * 900 + "éü" * 500, encoding="utf-8")
+    train(replace(small(tmp_path, tmp_path / "out"), file=str(tmp_path / "own.txt")))
+    for row in rows(tmp_path / "out"):
+        if "val_loss" in row:  # 2 bytes a character there, 1 in what is trained on
+            assert row["val_bpb"] == pytest.approx(row["val_loss"] / math.log(2) / 2)
+
+
+@pytest.mark.parametrize("dtype, top", [("uint16", 65_535), ("uint32", 1_000_000)])
+def test_ids_of_any_size_arrive_as_they_are(dtype, top, tmp_path):
+    ids = np.memmap(tmp_path / "ids", dtype, "w+", shape=6)
+    ids[:] = [0, 32_767, 32_768, top - 1, top, 5]
+    tokens = trainer.take(trainer.to_device(ids, CPU), torch.tensor([0, 2]), 4, CPU)
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == [[0, 32_767, 32_768, top - 1], [32_768, top - 1, top, 5]]
+
+
+def test_the_next_seed_does_not_see_the_next_steps_batches(data, tmp_path):
+    args = small(data, tmp_path, batch_size=64)
+    late, other = (
+        batch_starts(args, 8, 10_000),
+        batch_starts(replace(args, seed=args.seed + 1), 7, 10_000),
+    )
+    assert not torch.equal(late, other)
+
+
+def test_a_context_beyond_a_batch_of_evaluation_is_evaluated_one_window_at_a_time():
+    class Long(torch.nn.Module):
+        cfg = Config(block_size=20_000)
+
+        def forward(self, tokens, targets):
+            sizes.append(tuple(tokens.shape))
+            return None, torch.tensor(1.5)
+
+    sizes = []
+    assert evaluate(Long(), torch.zeros(60_001, dtype=torch.int16), Machine("cpu")) == 1.5
+    assert sizes == [(1, 20_000)] * 3
+
+
+@quick
+def test_a_bpe_of_the_size_asked_for_is_trained_for_the_run(data, tmp_path):
+    train(small(data, tmp_path, max_iters=1, tokenizer="bpe", vocab_size=300))
+    ckpt = load_checkpoint(tmp_path / "latest.pt")
+    assert ckpt["tokenizer"]["kind"] == "bpe" and ckpt["config"]["vocab_size"] == 300
+    assert load(data / "file-play-bpe300")[2]["tokenizer"] == ckpt["tokenizer"]
+
+
+@quick
+def test_the_seed_chooses_the_weights(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "learning_rate", lambda *_: 0.0)
+    for seed in (1, 2):
+        train(small(data, tmp_path / str(seed), max_iters=1, seed=seed))
+    one, other = (state(tmp_path / seed / "latest.pt")["model"]["embed.weight"] for seed in "12")
+    assert (one != other).double().mean() > 0.9
+
+
+def test_widths_are_matched_in_multiples_of_64_where_there_is_room():
+    assert (
+        match_params(preset("small", "mfa")).ffn % 64
+        == match_params(preset("paper-1b", "mqa")).ffn % 64
+        == 0
+    )
+
+
+@quick
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(data, tmp_path, monkeypatch):
+    said, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (said.append("flushed"), fsync(f))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (said.append(Path(b).name), rename(a, b))[1])
+    train(small(data, tmp_path, max_iters=1))
+    assert said == [
+        "flushed",
+        "latest.pt",
+        "flushed",
+        "best.pt",
+        "latest.pt",
+    ]  # the last is a link to best.pt
+
+
+@quick
+def test_where_a_disk_has_no_links_latest_is_a_copy_of_best(data, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    train(small(data, tmp_path, max_iters=10))
+    assert (tmp_path / "latest.pt").read_bytes() == (tmp_path / "best.pt").read_bytes()
+    assert load_checkpoint(tmp_path / "latest.pt")["step"] == 10 and not list(
+        tmp_path.glob("*.part")
+    )
+
+
+@quick
+def test_the_clock_goes_on_where_a_run_stopped(data, tmp_path):
+    train(small(data, tmp_path, max_iters=5))
+    ckpt = load_checkpoint(tmp_path / "latest.pt")
+    torch.save(ckpt | {"seconds": 1000.0}, tmp_path / "latest.pt")
+    assert 1000 < train(small(data, tmp_path, max_iters=6, resume=True))["seconds"] < 1100
+
+
+@quick
+def test_float16_scales_its_loss_clips_the_true_gradient_and_resumes_with_its_scale(
+    data, tmp_path, monkeypatch
+):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append(clip(p, most).item())
+    )
+    train(small(data, tmp_path / "32", max_iters=6))
+    train(small(data, tmp_path / "16", max_iters=6, dtype="float16"))
+    assert norms[6:] == pytest.approx(norms[:6], rel=0.05)
+    scaler = load_checkpoint(tmp_path / "16" / "latest.pt")["scaler"]
+    assert scaler["scale"] == 65_536 and scaler["_growth_tracker"] == 6
+    assert load_checkpoint(tmp_path / "32" / "latest.pt")["scaler"] == {}
+    train(small(data, tmp_path / "16", max_iters=9, dtype="float16", resume=True))
+    assert load_checkpoint(tmp_path / "16" / "latest.pt")["scaler"]["_growth_tracker"] == 9
+
+
+@quick
+def test_a_run_that_replaced_another_keeps_no_best_of_it(data, tmp_path, monkeypatch):
+    train(small(data, tmp_path, max_iters=2))
+    signals_at(monkeypatch, {2: signal.SIGINT})
+    assert train(small(data, tmp_path, overwrite=True))["stopped"] == signal.SIGINT
+    assert {path.name for path in tmp_path.iterdir()} == {"latest.pt", "metrics.jsonl"}
+
+
+def test_without_out_resume_looks_in_the_folder_of_preset_and_attention(
+    stopped, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "baby-mha").mkdir(parents=True)
+    (tmp_path / "out" / "baby-mha" / "latest.pt").write_bytes((stopped / "latest.pt").read_bytes())
+    args = defaults(["--preset=baby", "--attn=mha", "--resume"])
+    assert (args.out, args.max_iters) == (Path("out/baby-mha"), 10)
+
+
+@quick
+def test_what_may_change_on_resume_may_and_nothing_else(stopped, data, tmp_path):
+    free = dict(
+        max_iters=12,
+        grad_accum=2,
+        eval_interval=3,
+        log_interval=5,
+        dtype="bfloat16",
+        data_dir=tmp_path / "data",
+    )
+    for path in stopped.glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = files_below(tmp_path)
+    fixed = dict(
+        batch_size=8,
+        learning_rate=1e-4,
+        min_lr=2e-5,
+        warmup_iters=7,
+        weight_decay=0.2,
+        beta2=0.9,
+        grad_clip=2.0,
+    )
+    fixed |= dict(match_params=False, eval_tokens=64, seed=3, tokenizer="byte", preset="baby")
+    fixed |= dict(
+        dropout=0.1,
+        norm_eps=1e-6,
+        rope_base=100.0,
+        tied=False,
+        n_layer=2,
+        init_std=0.1,
+        balance_coef=0.5,
+    )
+    for name, value in fixed.items():
+        with pytest.raises(
+            BadInput, match=f"another run: .*{name} was .* and is now {value}|{name} was '.*{value}"
+        ):
+            train(small(data, tmp_path, resume=True, **{"max_iters": 12, name: value}))
+    assert files_below(tmp_path) == before
+    assert train(small(data, tmp_path, resume=True, **free))["step"] == 12
+
+
+@pytest.mark.parametrize("name", ["grad_accum", "eval_interval", "log_interval"])
+def test_a_number_of_steps_or_pieces_is_positive(name, data, tmp_path):
+    with pytest.raises(BadInput, match=f"--{name} must be positive, not 0"):
+        train(small(data, tmp_path, **{name: 0}))
+
+
+@pytest.mark.parametrize("name", ["min_lr", "warmup_iters", "grad_clip", "eval_tokens"])
+def test_a_rate_or_a_size_is_not_negative(name, data, tmp_path):
+    with pytest.raises(BadInput, match=f"--{name} must not be negative, not -1"):
+        train(small(data, tmp_path, **{name: -1}))
+
+
+def test_beta2_is_less_than_one(data, tmp_path):
+    with pytest.raises(BadInput, match=r"--beta2 must be in \[0, 1\), not 1"):
+        train(small(data, tmp_path, beta2=1.0))
+
+
+@quick
+def test_a_run_that_was_never_evaluated_cannot_end_where_it_stopped(data, tmp_path, monkeypatch):
+    signals_at(monkeypatch, {3: signal.SIGINT})
+    train(small(data, tmp_path))
+    with pytest.raises(BadInput, match="--max_iters 3: .* is at step 3 already, give more"):
+        train(small(data, tmp_path, max_iters=3, resume=True))
+    assert train(small(data, tmp_path, max_iters=4, resume=True))["step"] == 4
+
+
+@quick
+def test_each_step_takes_the_rate_of_its_own_number_and_the_metrics_say_which(
+    data, tmp_path, monkeypatch
+):
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self: (taken.append(self.param_groups[0]["lr"]), step(self))[1],
+    )
+    args = small(data, tmp_path)
+    train(args)
+    expected = [trainer.learning_rate(i, args) for i in range(20)]
+    assert taken == expected == [row["lr"] for row in rows(tmp_path) if "lr" in row]
+
+
+def test_the_optimizers_second_moment_decays_as_asked():
+    model = GPT(Config(dim=32, n_layer=1, head_dim=8))
+    assert trainer.make_optimizer(model, Train(beta2=0.8)).param_groups[1]["betas"] == (
+        0.9,
+        0.8,
+    )
+
+
+@quick
+def test_every_step_has_a_dropout_of_its_own(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "learning_rate", lambda *_: 0.0)
+    monkeypatch.setattr(trainer, "batch_starts", lambda args, *_: torch.arange(args.batch_size))
+    for name, dropout, different in (("with", 0.3, 20), ("without", 0.0, 1)):
+        train(small(data, tmp_path / name, dropout=dropout))
+        assert len(set(train_losses(tmp_path / name))) == different
+
+
+def test_in_bfloat16_the_residual_stream_is_bfloat16_too():
+    model, seen = GPT(Config(vocab_size=11, dim=32, n_layer=2, head_dim=8)), []
+    loss_of = Machine("cpu", "bfloat16").loss_function(model)
+    model.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(torch.zeros(2, 9, dtype=torch.long))
+    loss_of(torch.zeros(2, 9, dtype=torch.long))
+    assert seen == [torch.bfloat16, torch.float32] and loss.dtype == torch.float32
+
+
+@quick
+def test_a_signal_in_the_last_step_stops_nothing(data, tmp_path, monkeypatch):
+    signals_at(monkeypatch, {20: signal.SIGTERM})
+    assert train(small(data, tmp_path))["stopped"] == 0
+
+
+@quick
+def test_a_folder_with_a_blank_in_its_name_is_quoted_in_the_next_command(
+    data, tmp_path, monkeypatch, capsys
+):
+    signals_at(monkeypatch, {2: signal.SIGINT})
+    train(small(data, tmp_path / "my run"))
+    assert capsys.readouterr().out.endswith(
+        f'to go on: python train.py --resume --out "{tmp_path / "my run"}"\n'
+    )
+
+
+@quick
+def test_the_dtype_may_change_on_resume(data, tmp_path):
+    for step, dtype in ((4, "float32"), (8, "float16"), (12, "float32")):
+        result = train(small(data, tmp_path, max_iters=step, dtype=dtype, resume=step > 4))
+        assert result["step"] == step
+
+
+def test_durations_are_whole_minutes_and_seconds():
+    seconds = (0.4, 59.4, 59.7, 119.7, 3599.6)
+    assert [duration(s) for s in seconds] == ["0 s", "59 s", "1 min 00 s", "2 min 00 s", "60 min 00 s"]

@@ -22,7 +22,7 @@ nb.start()  # plot style, float64, seed, no gradients
 # %%
 from dataclasses import replace
 
-import containment
+from experiments.paper import containment
 import torch
 from nb import check
 

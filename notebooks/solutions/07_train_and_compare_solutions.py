@@ -86,7 +86,7 @@ check(3, mla_score_std(H, C, d, d_r, s), right, hint)
 # %%
 mla = ATTENTION["mla"](Config(attn="mla", dim=H, head_dim=d, latent_dim=C, rope_dim=d_r, init_std=s))
 x, pos = torch.randn(8, 64, H), torch.arange(64)
-q, (k, _) = mla.query(x, pos), mla.recall(*mla.remember(x, pos))
+q, (k, _) = mla.query(x, pos), mla.from_cache(*mla.to_cache(x, pos))
 measured = (mla.scale * q @ k.mT).std().item()
 print(f"measured {measured:.4f}, predicted {mla_score_std(H, C, d, d_r, s):.4f}, {mla_score_std(H, C, d, d_r, 0.9866 * s):.4f}")
 assert abs(measured / mla_score_std(H, C, d, d_r, 0.9866 * s) - 1) < 0.1

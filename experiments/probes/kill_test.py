@@ -1,0 +1,207 @@
+"""Kills a training process at random moments and resumes it each time.
+
+    python experiments/probes/kill_test.py
+
+SIGKILL leaves a process no moment to tidy up, as a power cut or an operator's kill -9 does. The
+kills aim in turn at start-up (imports, preparing the text, reading the checkpoint), at the steps,
+and at the writing of a checkpoint, each at a random moment. After each kill every file of the run
+must be readable; after the last the run goes on to its end, and must then equal one that was never
+interrupted, to the last bit: weights, optimizer, best checkpoint and metrics.
+"""
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from experiments.flags import require_at_least_1
+from support.cli import run_command
+from support.corpora import DATA
+from support.provenance import ROOT, provenance
+from support.run_folder import load_checkpoint, model_from
+
+PHASES = ("start-up", "training", "writing")
+MODEL = "--attn mfa_kr --n_layer 2 --dim 64 --head_dim 16 --block_size 32 --dropout 0.1"
+EVERY = 8  # steps between checkpoints
+RECIPE = f"--batch_size 8 --warmup_iters 20 --log_interval 1 --eval_interval {EVERY} --device cpu"
+
+
+@dataclass
+class Args:
+    """Kill a training process at random moments, resume it, and compare it with another that was
+    left alone.
+    """
+
+    kills: int = 50  # how many
+    seed: int = 0  # of the moments
+    results: Path | None = None  # write the result there, as JSON
+
+
+def start(folder: Path, steps: int) -> subprocess.Popen:
+    """Begin or resume the run in folder, as a user would."""
+    flags = f"{MODEL} {RECIPE} --max_iters {steps} --resume".split()
+    flags += ["--file", str(folder.parent / "text.txt")]
+    flags += ["--data_dir", str(folder / "data"), "--out", str(folder / "out")]
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipe = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    return subprocess.Popen(command, env=environment, **pipe)
+
+
+def lines_with_steps(process: subprocess.Popen):
+    """The step of each line on the terminal that has one, as it comes."""
+    for line in process.stdout:
+        if line.startswith("step "):
+            yield int(line.split()[1])
+
+
+def run_to_end(folder: Path, steps: int) -> float:
+    """Returns the seconds until the run's first step."""
+    began = time.perf_counter()
+    with start(folder, steps) as process:
+        first = 0.0
+        for _ in lines_with_steps(process):
+            first = first or time.perf_counter() - began
+    if process.returncode:
+        raise SystemExit(f"the run in {folder} failed with exit code {process.returncode}")
+    return first
+
+
+def unfinished_files(out: Path) -> set[tuple]:
+    """Name, time and size of the files that are being written, or were when a process died."""
+    files = set()
+    for path in out.glob("*.part"):
+        with contextlib.suppress(FileNotFoundError):  # renamed in this very moment
+            files.add((path.name, path.stat().st_mtime_ns, path.stat().st_size))
+    return files
+
+
+def kill_once(
+    folder: Path, steps: int, phase: str, target: int, startup: float, rng: random.Random
+) -> str:
+    """Resume the run and kill it, in a phase at or after a step. Returns the phase it died in."""
+    out = folder / "out"
+    before = unfinished_files(out)
+    with start(folder, steps) as process:
+        if phase == "start-up":
+            time.sleep(rng.uniform(0, startup))
+        else:
+            next((step for step in lines_with_steps(process) if step >= target), None)
+            if phase == "writing":
+                while unfinished_files(out) <= before and process.poll() is None:
+                    pass
+            time.sleep(rng.uniform(0, 0.005))
+        ended = process.poll()
+        process.kill()
+        trained = phase != "start-up" or any(lines_with_steps(process))
+    if ended is not None or process.returncode == 0:
+        what = f"the run ended, with exit code {process.returncode}"
+        raise SystemExit(f"{what}, before it could be killed")
+    if unfinished_files(out) - before:
+        return "writing"
+    return "training" if trained else "start-up"
+
+
+def check_files(out: Path) -> tuple[int, int]:
+    """Every file of the run is readable. Returns the steps of its checkpoint and its last row."""
+    step = logged = 0
+    for path in sorted(out.glob("*")):
+        if path.name in ("latest.pt", "best.pt"):
+            ckpt = load_checkpoint(path)
+            model_from(ckpt, path, torch.device("cpu"))
+            step = ckpt["step"] if path.name == "latest.pt" else step
+        elif path.name == "metrics.jsonl":
+            # The last line is empty, or cut short by the kill.
+            *lines, _ = path.read_text(encoding="utf-8").split("\n")
+            logged = max([json.loads(line)["step"] for line in lines], default=0)
+        elif path.suffix != ".part" and path.name != "loss.png":
+            raise SystemExit(f"{path}: was not expected")
+    return step, logged
+
+
+def result_of(out: Path) -> dict[str, object]:
+    """What a run leaves, by file, less what a clock and its flags say."""
+    latest, best = (load_checkpoint(out / name) for name in ("latest.pt", "best.pt"))
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for part in (latest, best, *rows):
+        for name in ("seconds", "tokens_per_s", "args"):
+            part.pop(name, None)
+    return {"latest.pt": latest, "best.pt": best, "metrics.jsonl": rows}
+
+
+def identical(a, b) -> bool:
+    """Are two nests of dicts, lists and tensors equal to the last bit?"""
+    if isinstance(a, torch.Tensor):
+        same_kind = a.dtype == b.dtype and a.shape == b.shape
+        return same_kind and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return a == b
+
+
+def kill_test(kills: int, seed: int = 0) -> dict:
+    """The figures of the result. SystemExit, or BadInput, at the first thing that is wrong."""
+    began, rng = time.perf_counter(), random.Random(seed)
+    steps = 4 * EVERY + 8 * kills
+    targets = sorted(rng.randrange(1, steps - 3 * EVERY) for _ in range(kills))
+    died, reached, repeated = Counter(), 0, 0
+    with tempfile.TemporaryDirectory() as temporary:
+        alone, killed = Path(temporary) / "alone", Path(temporary) / "killed"
+        text = (DATA / "shakespeare.txt").read_text(encoding="utf-8")[:50_000]
+        (Path(temporary) / "text.txt").write_text(text, encoding="utf-8")
+        startup = run_to_end(alone, steps)
+        print(f"an uninterrupted run of {steps} steps: first after {startup:.1f} s", flush=True)
+        for k, target in enumerate(targets):
+            phase = kill_once(killed, steps, PHASES[k % 3], target, startup, rng)
+            died[phase] += 1
+            step, logged = check_files(killed / "out")
+            if step < reached:
+                what = f"the latest checkpoint went back from step {reached} to {step}"
+                raise SystemExit(f"kill {k + 1}: {what}")
+            reached = step
+            repeated += max(0, logged - step)
+            state = f"after step {logged}, {phase}: all readable, goes on from {reached}"
+            print(f"kill {k + 1} of {kills} {state}", flush=True)
+        run_to_end(killed, steps)
+        check_files(killed / "out")
+        expected, found = result_of(alone / "out"), result_of(killed / "out")
+        left = sorted(path.name for path in (killed / "out").glob("*.part"))
+    differ = [name for name in expected if not identical(expected[name], found[name])]
+    if differ:
+        raise SystemExit(f"not the uninterrupted run: {', '.join(differ)} differ")
+    if left:
+        raise SystemExit(f"left behind: {', '.join(left)}")
+    return {
+        "kills": kills, "died_in": {phase: died[phase] for phase in PHASES}, "steps": steps,
+        "checkpoint_every": EVERY, "steps_done_twice": repeated, "unreadable_files": 0,
+        "identical_to_uninterrupted": True, "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+
+
+def main(args: Args) -> None:
+    require_at_least_1(args, "kills")
+    result = provenance() | kill_test(args.kills, args.seed)
+    phases = ", ".join(f"{n} in {phase}" for phase, n in result["died_in"].items())
+    print(
+        f"{args.kills} kills ({phases}): no unreadable file, {result['steps_done_twice']} steps "
+        f"done twice, the end identical to the uninterrupted run's; {result['seconds']} s"
+    )
+    if args.results:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

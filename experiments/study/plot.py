@@ -1,0 +1,730 @@
+"""Plots and tables from the results of run.py: python experiments/study/plot.py
+
+Writes the plots beside the results and fills the generated parts of experiments/README.md, with the
+paper's figure beside ours. Every number is taken from a line of the results; a row none of whose
+runs was made says so. Seeds are shown as mean ± standard deviation (of the sample, n - 1).
+"""
+
+import itertools
+import math
+import os
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from experiments.bench.decoding import grid_tables
+from experiments.paper.hybrids import HYBRIDS, measured_cache_bytes
+from experiments.probes import copying, rounding
+from experiments.study.studies import (
+    FIGURE1,
+    FIGURE3,
+    GRID,
+    LENGTH,
+    QUESTION_A,
+    QUEUE,
+    RESULTS,
+    SEEDS,
+    STUDIES,
+    TOO_HIGH,
+    VOCAB,
+    WHY,
+    Run,
+    best_rate,
+    build,
+    losses_by_rate,
+    queue,
+    read_results,
+    results_by_run,
+    run_for,
+    untrained,
+)
+from mfa import cache_bytes
+from support.cli import BadInput, run_command
+from support.files import write_atomically
+from support.generated import fill
+from support.palette import COLOR, MARKER, NAME
+from support.provenance import ROOT, read_json
+from train import mha_of
+
+WITH_GRID = {study for study, _, factors, _ in QUEUE if factors == GRID}
+COMPARED = ("mha", "mfa", "mfa_kr")
+SCALED = {attn: NAME[attn] for attn in COMPARED} | {"mfa_half": "MFA, query rank dim/2"}
+T95 = {2: 4.303, 3: 3.182, 4: 2.776}  # Student's t of a two-sided 95% interval, by degrees
+
+
+class Results:
+    """The results on one text: done[run] is the line of a run. toy: those of --smoke."""
+
+    def __init__(self, rows: list[dict], dataset: str = f"pg-books-bpe{VOCAB}", toy: bool = False):
+        self.done, self.toy = results_by_run(rows, dataset), toy
+
+    def run(self, study: str, arm: str, factor: float = 1) -> Run:
+        """The run of the first seed."""
+        return run_for(study, arm, factor, 0, self.toy)
+
+    def of(self, study: str, arm: str, factor: float | None = None) -> list[dict]:
+        """The lines of an arm, one a seed, at `factor` times its middle learning rate.
+
+        By default at the best rate, if the study has a grid of them.
+        """
+        if factor is None and study in WITH_GRID:
+            factor = best_rate(study, arm, self.done, self.toy)
+        factor = factor or 1  # None: no other rate is in the plan, or none has a loss
+        runs = [run_for(study, arm, factor, seed, self.toy) for seed in SEEDS]
+        return [self.done[run] for run in runs if run in self.done]
+
+    def trained(self, study: str, arm: str) -> list[dict]:
+        """Those of them, at the best learning rate, that trained."""
+        return [row for row in self.of(study, arm) if not untrained(row)]
+
+    def losses_by_rate(self, study: str, arm: str) -> dict[float, dict[int, float | None]]:
+        return losses_by_rate(study, arm, self.done, self.toy)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pieces of tables
+
+
+def spread(values: list[float], digits: int) -> str:
+    """mean ± standard deviation, or the only value."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def outcome(rows: list[dict], what: str = "ppl", digits: int = 2) -> str:
+    """A cell: mean ± deviation over the seeds that trained, and how many did not."""
+    if not rows:
+        return "not made"
+    trained = [row[what] for row in rows if not untrained(row)]
+    texts = [spread(trained, digits)] if trained else []
+    if len(trained) < len(rows):
+        texts.append(f"{len(rows) - len(trained)} of {len(rows)} did not train")
+    return ", ".join(texts)
+
+
+def difference(ours: list[float], theirs: list[float]) -> tuple[float, float | None]:
+    """Mean of theirs less mean of ours, and half its 95% interval, None for single runs.
+
+    Student's t with one variance for both. Not paired by seed: over our arms the losses of equal
+    seeds do not go together.
+    """
+    n, m = len(ours), len(theirs)
+    mean = statistics.mean(theirs) - statistics.mean(ours)
+    if min(n, m) < 2:
+        return mean, None
+    degrees = n + m - 2
+    squares = (n - 1) * statistics.variance(ours) + (m - 1) * statistics.variance(theirs)
+    return mean, T95[degrees] * math.sqrt(squares / degrees * (1 / n + 1 / m))
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Sizes(NamedTuple):
+    params: int
+    cache_bytes: int  # per token, at 16 bit
+    cache_share: float  # of MHA's
+
+
+@cache
+def sizes_of(run: Run) -> Sizes:
+    """Without training anything."""
+    with torch.device("meta"):
+        model = build(run)
+    params = sum(p.numel() for p in model.parameters())
+    size = measured_cache_bytes(model)
+    return Sizes(params, size, size / cache_bytes(mha_of(run.cfg)))
+
+
+def main_table(results: Results, study: str) -> str:
+    body = []
+    for arm, a in STUDIES[study].items():
+        rows = results.of(study, arm)
+        sizes = sizes_of(results.run(study, arm))
+        lr = f"{rows[0]['lr']:.2g}" if rows else "–"
+        n_rates = len(results.losses_by_rate(study, arm))
+        if rows and study in WITH_GRID and n_rates < len(GRID):
+            lr += f", of {n_rates} tried"
+        counts = [f"{sizes.cache_bytes:,}", f"{sizes.cache_share:.2%}"]
+        counts += [f"{sizes.params / 1e6:.2f}M", lr, str(len(rows))]
+        bpb = outcome(rows, "bpb", 4) if rows else "–"
+        body.append([a.name, *counts, outcome(rows), bpb, a.paper or "–"])
+    head = ["", "cache, bytes per token", "of MHA's", "parameters", "peak lr", "seeds"]
+    return table([*head, "perplexity", "bits per byte", "paper"], body)
+
+
+def order(results: Results, study: str) -> str:
+    """Does the order of the rows agree with the paper's? Pairs that differ are named."""
+    arms = {arm: a for arm, a in STUDIES[study].items() if a.paper}
+    ppl = {arm: [row["ppl"] for row in results.trained(study, arm)] for arm in arms}
+    ours = {arm: statistics.mean(values) for arm, values in ppl.items() if values}
+    pairs = [
+        (a, b)
+        for a, b in itertools.permutations(ours, 2)
+        if float(arms[a].paper) < float(arms[b].paper)
+    ]
+    if not pairs:
+        return "Order: no two rows that the paper has a figure for were made."
+    differ = [
+        f"{arms[b].name} ({ours[b]:.2f}) below {arms[a].name} ({ours[a]:.2f})"
+        for a, b in pairs
+        if ours[b] < ours[a]
+    ]
+    text = f"Order: {len(pairs) - len(differ)} of {len(pairs)} pairs as in the paper."
+    return text + (f" The other way round here: {'; '.join(differ)}." if differ else "")
+
+
+StudyArm = tuple[str, str]  # (study, arm)
+
+
+def difference_cells(results: Results, one: StudyArm, other: StudyArm) -> list[str]:
+    """The loss of other less that of one, each at its best learning rate."""
+    ours, theirs = (
+        {row["seed"]: row["val_loss"] for row in results.trained(*which)} for which in (one, other)
+    )
+    text, verdict = "–", "not made"
+    if ours and theirs:
+        mean, half = difference([*ours.values()], [*theirs.values()])
+        text = f"{mean:z.4f}" + (f" ± {half:.4f}" if half is not None else "")
+        seeds = ours.keys() & theirs.keys()
+        wins = sum(theirs[seed] > ours[seed] for seed in seeds)
+        verdict = f"in {wins} of {len(seeds)} seeds"
+    names = [STUDIES[study][arm].name for study, arm in (one, other)]
+    share = sizes_of(results.run(*other)).cache_share
+    return [*names, f"{share:.2%}", text, verdict]
+
+
+def differences(results: Results, pairs: Iterable[tuple[StudyArm, StudyArm]]) -> str:
+    head = ["", "against", "whose cache is", "its loss less ours, nats (95%)", "ours is lower"]
+    return table(head, [difference_cells(results, *pair) for pair in pairs])
+
+
+# --------------------------------------------------------------------------------------------------
+# The parts of README.md
+
+
+def status_part(results: Results) -> str:
+    body = []
+    for study in STUDIES:
+        runs = [task.run for task in queue(study, results.toy)]
+        made = [results.done[run] for run in runs if run in results.done]
+        lost = sum(map(untrained, made))
+        body.append([study, str(len(runs)), str(len(made)), str(lost)])
+    runs = [task.run for task in queue("all", results.toy)]
+    made = sum(run in results.done for run in runs)
+    together = f"Together {len(runs)} runs, since studies share some; {made} are made."
+    return table(["study", "runs", "made", "of them did not train"], body) + "\n\n" + together
+
+
+def figure1_part(results: Results) -> str:
+    others = [arm for arm in FIGURE1 if not arm.startswith("mfa")]
+    pairs = [("mfa", arm) for arm in (*others, "mfa_kr")]
+    pairs += [("mfa_half", arm) for arm in (*others, "mfa")]
+    pairs += [("mfa_2d", arm) for arm in ("mha", "gqa2", "gqa4", "mfa", "mfa_kr_2d")]
+    pairs += [("mfa_kr", arm) for arm in ("mha", "gqa2", "mfa_kr_half")]
+    claims = differences(results, ((("figure1", one), ("figure1", other)) for one, other in pairs))
+    return "\n\n".join([main_table(results, "figure1"), order(results, "figure1"), claims])
+
+
+def heads_part(results: Results) -> str:
+    arms = [arm for arm in WHY if arm.endswith("_16")]
+    ours = ("mfa", "mfa_half", "mfa_kr")
+    return differences(results, ((("figure1", one), ("why", arm)) for one in ours for arm in arms))
+
+
+def rates_of(results: Results, study: str, arm: str, factors: Iterable[float]) -> list[str]:
+    return [f"{results.run(study, arm, factor).lr:.2g}" for factor in factors]
+
+
+def grid_part(results: Results) -> str:
+    arms = [("figure1", arm) for arm in FIGURE1]
+    arms += [("table4", arm) for arm in ("vanilla", "proj", "residual")]
+    arms += [(study, arm) for study in ("table3", "table5") for arm in STUDIES[study]]
+    factors = (*GRID, TOO_HIGH)
+    body = []
+    for study, arm in arms:
+        losses = results.losses_by_rate(study, arm)
+        best = None
+        if len(losses) == len(GRID):
+            best = best_rate(study, arm, results.done, results.toy)
+        cells = []
+        for factor in factors:
+            seeds = losses.get(factor, {0})
+            rows = [row for row in results.of(study, arm, factor) if row["seed"] in seeds]
+            text = "–" if factor == TOO_HIGH and not rows else outcome(rows)
+            cells.append(f"**{text}**" if rows and factor == best else text)
+        body.append([STUDIES[study][arm].name, *cells])
+    head = ["perplexity, peak lr", *rates_of(results, "figure1", "mha", factors)]
+    return table(head, body)
+
+
+def table_part(study: str) -> Callable[[Results], str]:
+    return lambda results: main_table(results, study) + "\n\n" + order(results, study)
+
+
+def question_a_part(results: Results) -> str:
+    planned = {task.run for task in queue("question_a", results.toy)}
+    factors = GRID[1:]
+    body = []
+    for arm, a in QUESTION_A.items():
+        cells = [
+            outcome(results.of("question_a", arm, factor))
+            if results.run("question_a", arm, factor) in planned
+            else "–"
+            for factor in factors
+        ]
+        body.append([a.name, *cells])
+    head = ["perplexity, peak lr", *rates_of(results, "question_a", "pre", factors)]
+    return table(head, body)
+
+
+def question_b_part(results: Results) -> str:
+    names = dict(mha="MHA", mqa="MQA", mla="MLA, joint latent of dim/4", mfa="MFA, C = dim/8")
+    inits = ("scaled", "plain", "attn", "vo")
+    body = []
+    for attn, name in names.items():
+        arms = [f"{attn}_{size}_{init}" for size in ("30m", "7m") for init in inits]
+        body.append([name, *(outcome(results.of("question_b", arm)) for arm in arms)])
+    head = ["perplexity by init std"]
+    for dim in (512, 256):
+        stds = [f"{0.02 * (2048 / dim) ** 0.5:.3f}", "0.02", "0.02 in attention", "0.02 in V, O"]
+        head += [f"dim {dim}, {std}" for std in stds]
+    return table(head, body)
+
+
+def gradient_part(results: Results) -> str:
+    """The runs whose gradient rounding moved by more than 5% at some point of the curve."""
+    measured = [row for row in results.done.values() if row.get("rounding")]
+    body, others = [], []
+    for row in measured:
+        moved = [math.inf if share is None else share for _, share in row["rounding"]]
+        if max(moved) <= 0.05:
+            others.append(max(moved))
+            continue
+        first, most, last = (
+            f"{share:.0%}" if share < math.inf else "not finite"
+            for share in (moved[0], max(moved), moved[-1])
+        )
+        which = [f"{row['study']}: {row['name']}", f"{row['lr']:.2g}", str(row["seed"])]
+        body.append([*which, first, most, last, outcome([row])])
+    head = ["", "peak lr", "seed", "gradient off by, first look", "most", "last look", "perplexity"]
+    text = f"Rounding moves the gradient of the other {len(others)} of {len(measured)} runs"
+    text += " that were asked"
+    text += f" by {max(others):.1%} at most." if others else "."
+    return table(head, body) + "\n\n" + text
+
+
+def same_seeds(results: Results, study: str) -> dict[str, list[dict]]:
+    """The trained lines of each arm, of seeds that all arms of its size have.
+
+    A mean beside one seed would not be even.
+    """
+    arms, common = STUDIES[study], {}
+    trained = {arm: results.trained(study, arm) for arm in arms}
+    for arm, rows in trained.items():
+        if rows:
+            size, seeds = arms[arm].size, {row["seed"] for row in rows}
+            common[size] = common.get(size, seeds) & seeds
+    return {
+        arm: [row for row in rows if row["seed"] in common[arms[arm].size]]
+        for arm, rows in trained.items()
+    }
+
+
+def length_part(results: Results) -> str:
+    short, long = (
+        results.run("length", arm).cfg.block_size for arm in ("mha_512", "mha_2048")
+    )  # fmt: skip
+    bins = [b for b in (1 << i for i in range(20)) if short // 8 <= b < long]
+    body = []
+    for arm, rows in same_seeds(results, "length").items():
+        by = [dict(row["by_position"]) for row in rows]
+        cells = [spread([d[b] for d in by], 4) if by and b in by[0] else "–" for b in bins]
+        whole = outcome(rows or results.of("length", arm), "val_loss", 4)
+        body.append([LENGTH[arm].name, whole, *cells])
+    positions = [f"{b} to {2 * b - 1}" for b in bins]
+    return table(["loss, nats per token", "all positions", *positions], body)
+
+
+def scaling(results: Results) -> dict[str, list[tuple[float, float]]]:
+    """Figure 3's points of each attention, dense: (N D, mean loss)."""
+    points = {attn: [] for attn in SCALED}
+    for arm, rows in same_seeds(results, "figure3").items():
+        attn, _, size = arm.rpartition("_")
+        if rows and size != "moe":
+            loss = statistics.mean(row["val_loss"] for row in rows)
+            points[attn].append((rows[0]["params"] * rows[0]["tokens"], loss))
+    return {attn: sorted(of_attn) for attn, of_attn in points.items()}
+
+
+def power_law(points: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """(a, b, rms): loss = a (N D)^-b by least squares on the logarithms.
+
+    rms: the root mean square of what is left, in nats.
+    """
+    x, y = np.log(points).T
+    slope, intercept = np.polyfit(x, y, 1)
+    left = np.exp(y) - np.exp(intercept + slope * x)
+    return float(np.exp(intercept)), float(-slope), float(np.sqrt(np.mean(left**2)))
+
+
+def figure3_part(results: Results) -> str:
+    body = []
+    for arm, rows in same_seeds(results, "figure3").items():
+        run = results.run("figure3", arm)
+        sizes = sizes_of(run)
+        tokens = run.max_iters * run.batch_size * run.cfg.block_size
+        counts = [f"{sizes.params / 1e6:.2f}M", f"{tokens / 1e6:.1f}M"]
+        counts += [f"{sizes.cache_bytes:,}", f"{sizes.cache_share:.2%}"]
+        loss = outcome(rows or results.of("figure3", arm), "val_loss", 4)
+        body.append([FIGURE3[arm].name, *counts, loss])
+    head = ["", "parameters N", "tokens D", "cache, bytes per token", "of MHA's"]
+    lines = [law_of(SCALED[attn], points) for attn, points in scaling(results).items()]
+    return table([*head, "loss, nats per token"], body) + "\n\n" + "\n".join(lines)
+
+
+def law_of(name: str, points: list[tuple[float, float]]) -> str:
+    if len(points) < 3:
+        return f"- {name}: no fit, {len(points)} of 4 dense sizes made."
+    a, b, rms = power_law(points)
+    law = f"loss = {a:.2f} (N D)^-{b:.4f}, off by {rms:.4f} nats (rms)"
+    return f"- {name}: {law}, over {len(points)} of 4 dense sizes."
+
+
+def context_gains(results: Results) -> list[tuple[str, float, float]]:
+    """(attention, gain, perplexity) of every 30M run at a context of 512 that trained.
+
+    gain: how much lower the loss is at positions 256 to 511 than at 32 to 63, in nats. Hybrids and
+    ruinous learning rates are left out.
+    """
+    middle = results.run("figure1", "mha")
+    cfg = middle.cfg
+    early, late = cfg.block_size // 16, cfg.block_size // 2
+    gains = []
+    for run, row in results.done.items():
+        same_size = (run.cfg.dim, run.cfg.block_size) == (cfg.dim, cfg.block_size)
+        plain = not run.cfg.n_expert and run.build not in HYBRIDS
+        if same_size and plain and run.lr < TOO_HIGH * middle.lr and not untrained(row):
+            by = dict(row["by_position"])
+            gains.append((run.cfg.attn, by[early] - by[late], row["ppl"]))
+    return gains
+
+
+def positions_part(results: Results) -> str:
+    """How far each attention of Figure 1 is above MHA at each position, means over seeds."""
+    mean = {}
+    for arm in FIGURE1:
+        by = [dict(row["by_position"]) for row in results.trained("figure1", arm)]
+        if by:
+            mean[arm] = {p: statistics.mean(losses[p] for losses in by) for p in by[0]}
+    if "mha" not in mean:
+        return "MHA was not made."
+    body = []
+    for arm, a in FIGURE1.items():
+        if arm != "mha":
+            cells = [
+                f"{mean[arm][p] - mha:z.3f}" if arm in mean else "not made"
+                for p, mha in mean["mha"].items()
+            ]
+            body.append([a.name, *cells])
+    positions = [str(p) if p < 2 else f"{p} to {2 * p - 1}" for p in mean["mha"]]
+    return table(["nats above MHA, position", *positions], body)
+
+
+def context_part(results: Results) -> str:
+    gains = context_gains(results)
+    if len(gains) < 3:
+        return "Not enough runs were made."
+    _, gain, ppl = zip(*gains, strict=True)
+    r = float(np.corrcoef(gain, np.log(ppl))[0, 1])
+    what = "the correlation of the gain with the logarithm of the perplexity"
+    return f"{len(gains)} runs; {what} is {r:.2f}."
+
+
+PARTS = {
+    "status": status_part,
+    "figure1": figure1_part,
+    "heads": heads_part,
+    "grid": grid_part,
+    **{study: table_part(study) for study in ("table3", "table4", "table5", "table6")},
+    "figure3": figure3_part,
+    "question_a": question_a_part,
+    "question_b": question_b_part,
+    "checked": gradient_part,
+    "why": lambda results: main_table(results, "why"),
+    "positions": positions_part,
+    "context": context_part,
+    "length": length_part,
+}
+
+
+def origin_of(rows: Iterable[dict]) -> str:
+    """Where, and by which commands under their names of today, results were made."""
+
+    def origin(row: dict) -> str:
+        script = re.sub(r"experiments/(?:probes/)?", "experiments/probes/", row["command"])
+        made = f"torch {row['versions']['torch']}, commit {row['commit'][:7]}, `{script}`."
+        return f"{row['device']}, {made}"
+
+    return "\n".join(dict.fromkeys(map(origin, rows)))
+
+
+def copying_part(rows: dict[tuple[str, int], dict]) -> str:
+    most = max(row["of"] for row in rows.values())
+
+    def text(step: float) -> str:
+        return f"{step:.0f}" if step < math.inf else f"> {most}"
+
+    body = []
+    for arm, steps in copying.steps_by_arm(rows).items():
+        params = next(row["params"] for (name, _), row in rows.items() if name == arm)
+        median = text(statistics.median_high(steps))
+        counts = [f"{params:,}", str(len(steps)), median]
+        body.append([copying.ARMS[arm].name, *counts, ", ".join(map(text, steps))])
+    head = ["", "parameters", "seeds", "median step", "each seed's"]
+    return table(head, body) + "\n\n" + origin_of(rows.values())
+
+
+def rounding_part(rows: dict[tuple[str, float, str], dict]) -> str:
+    body = []
+    for arm, lr, dtype in rows:
+        if dtype == "float32":
+            in_float32 = rounding.summary(rows[arm, lr, dtype])
+            other = rows.get((arm, lr, "bfloat16"))
+            loss = rounding.summary(other)[-1] if other else "–"
+            body.append([rounding.ARMS[arm].name, f"{lr:g}", *in_float32, loss])
+    head = ["", "peak lr", "gradient off by, median", "most", "its norm by, most"]
+    head += ["range of scores, median", "loss, trained in float32", "in bfloat16"]
+    return table(head, body) + "\n\n" + origin_of(rows.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# The plots
+
+
+def figure1(results: Results) -> Figure | None:
+    """Perplexity against cache, as the paper's Figure 1."""
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    ax = figure.subplots()
+    drawn = Counter()  # arms so far, by attention and by cache
+    for arm, a in FIGURE1.items():
+        ppl = [row["ppl"] for row in results.trained("figure1", arm)]
+        if ppl:
+            attn = a.model["attn"]
+            size = sizes_of(results.run("figure1", arm)).cache_bytes
+            place = size * 1.05 ** drawn[size]  # arms of one cache stand beside each other
+            error = statistics.stdev(ppl) if len(ppl) > 1 else 0
+            look = dict(color=COLOR[attn], marker="osD^v"[drawn[attn]], linestyle="none", alpha=0.8)
+            look |= dict(markersize=8, capsize=3, label=f"{a.name} ({len(ppl)})")
+            ax.errorbar([place], [statistics.mean(ppl)], [error], **look)
+            drawn.update([attn, size])
+    if not drawn:
+        return None
+    ax.set_xscale("log", base=2)
+    low, high = ax.get_xlim()
+    ticks = [2**i for i in range(4, 20) if low <= 2**i <= high]
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.set_xlabel("KV cache, bytes per token at 16 bit (equal ones side by side)")
+    ax.set_ylabel("validation perplexity")
+    ax.grid(alpha=0.3)
+    handles = ax.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize=8, title="(seeds)")
+    return figure
+
+
+def look_of(attn: str) -> dict:
+    """Colour and marker; MFA with a wider query is a hollow MFA."""
+    plain = attn.removesuffix("_half")
+    face = "none" if attn.endswith("_half") else COLOR[plain]
+    return dict(color=COLOR[plain], marker=MARKER[plain], markerfacecolor=face)
+
+
+def figure3(results: Results) -> Figure | None:
+    """Loss against N D with the power laws, and cache against size, as the paper's Figure 3."""
+    points = scaling(results)
+    if max(map(len, points.values())) < 2:  # one size says nothing of scaling
+        return None
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for attn, of_attn in points.items():
+        if of_attn:
+            draw_losses(left, attn, of_attn)
+            draw_caches(right, attn, results)
+    left.set(xscale="log", xlabel="parameters x tokens")
+    left.set(yscale="log", ylabel="validation loss, nats per token")
+    low, high = left.get_ylim()
+    left.set_yticks([loss for loss in np.arange(2, 8, 0.25) if low <= loss <= high])
+    left.yaxis.set_major_formatter("{x:.2f}")
+    left.yaxis.set_minor_formatter("")
+    # A new scale forgets its ticks. Any attention's sizes: they are alike.
+    right.set(xscale="log", xlabel="parameters")
+    right.set(yscale="log", ylabel="KV cache, bytes per token at 16 bit")
+    right.set_xticks(right.lines[-1].get_xdata(), [size.upper() for size in DENSE_SIZES])
+    right.xaxis.set_minor_formatter("")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    return figure
+
+
+DENSE_SIZES = ("2m", "7m", "30m", "60m")
+
+
+def draw_losses(ax, attn: str, points: list[tuple[float, float]]) -> None:
+    """The points of one attention, and their power law where there are three."""
+    nd, loss = zip(*points, strict=True)
+    label, line = SCALED[attn], "--" if attn.endswith("_half") else "-"
+    if len(nd) > 2:
+        a, b, _ = power_law(points)
+        x = np.geomspace(min(nd), max(nd), 50)
+        ax.plot(x, a * x**-b, line, color=look_of(attn)["color"], linewidth=1)
+        label += f": {a:.1f} (N D)^-{b:.3f}"
+    ax.plot(nd, loss, **look_of(attn), linestyle="none", label=label)
+
+
+def draw_caches(ax, attn: str, results: Results) -> None:
+    sizes = [sizes_of(results.run("figure3", f"{attn}_{size}")) for size in DENSE_SIZES]
+    line = "--" if attn.endswith("_half") else "-"
+    params, caches = [s.params for s in sizes], [s.cache_bytes for s in sizes]
+    ax.plot(params, caches, line, **look_of(attn), label=SCALED[attn])
+
+
+def length(results: Results) -> Figure | None:
+    """Loss by position for contexts of 512 and 2,048, and how far it is from MHA's."""
+    losses = {}  # (attention, context) -> {first position of a bin: mean loss over the seeds}
+    for arm, rows in same_seeds(results, "length").items():
+        if rows:
+            attn, _, context = arm.rpartition("_")
+            curves = [[loss for _, loss in row["by_position"]] for row in rows]
+            starts = [p for p, _ in rows[0]["by_position"]]
+            losses[attn, context] = dict(zip(starts, np.mean(curves, axis=0), strict=True))
+    if not losses:
+        return None
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for attn, (context, line) in itertools.product(COMPARED, (("512", "--"), ("2048", "-"))):
+        by, mha = losses.get((attn, context)), losses.get(("mha", context))
+        if by:
+            label = f"{NAME[attn]}, context {context}"
+            style = dict(**look_of(attn), markersize=5, linestyle=line, label=label)
+            places = [max(p, 0.5) for p in by]
+            left.plot(places, by.values(), **style)
+            if mha and attn != "mha":
+                right.plot(places, [by[p] - mha[p] for p in by], **style)
+    left.set_ylabel("validation loss, nats per token")
+    right.set_ylabel("less MHA's at the same context")
+    right.axhline(0, color="black", linewidth=0.8)
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
+        ax.set_xlabel("position p (mean over p to 2p - 1)")
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize=8)
+    return figure
+
+
+def context(results: Results) -> Figure | None:
+    """Perplexity against what a long context is worth to a model, run by run."""
+    gains = context_gains(results)
+    if not gains:
+        return None
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for attn in COLOR:
+        points = [(gain, ppl) for name, gain, ppl in gains if name == attn]
+        if points:
+            look = dict(**look_of(attn), linestyle="none", alpha=0.8, label=NAME[attn])
+            ax.plot(*zip(*points, strict=True), **look)
+    ax.set(xlabel="loss at positions 32 to 63 less loss at 256 to 511, nats")
+    ax.set(ylabel="validation perplexity", yscale="log")
+    ax.yaxis.set_major_formatter("{x:.0f}")
+    ax.yaxis.set_minor_formatter("{x:.0f}")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
+    return figure
+
+
+def copying_plot(rows: dict[tuple[str, int], dict]) -> Figure:
+    """The step at which each seed of each attention began to copy.
+
+    At the right edge, hollow, those that did not.
+    """
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    ax, by_arm = figure.subplots(), copying.steps_by_arm(rows)
+    edge = max(row["of"] for row in rows.values())
+    for y, (arm, steps) in enumerate(by_arm.items()):
+        look = look_of(copying.ARMS[arm].model["attn"])
+        for step in steps:
+            hollow = dict(markerfacecolor="none") if step == math.inf else {}
+            ax.plot(min(step, edge), y, **(look | hollow), alpha=0.8, linestyle="none")
+        median = min(statistics.median_high(steps), edge)
+        ax.plot([median] * 2, [y - 0.3, y + 0.3], color=look["color"])
+    ax.set_yticks(range(len(by_arm)), [copying.ARMS[arm].name for arm in by_arm])
+    ax.invert_yaxis()
+    ax.set_xlabel("step at which the loss on the repetitions is half of guessing's; | median")
+    ax.set_xlim(0, None)
+    ax.grid(alpha=0.3)
+    return figure
+
+
+PLOTS = {"figure1": figure1, "context": context, "figure3": figure3, "length": length}
+
+
+@dataclass
+class Args:
+    """Make the plots and fill the tables of experiments/README.md."""
+
+    results: Path = RESULTS  # what run.py wrote; the plots go beside it
+    readme: Path = ROOT / "experiments" / "README.md"  # file whose generated parts are filled
+    dataset: str = "pg-books"  # which text's results
+    smoke: bool = False  # the results are those of run.py --smoke
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    options = dict(dpi=100, metadata={"Software": None})
+    write_atomically(path, lambda file: figure.savefig(file, **options))
+    print(path)
+
+
+def main(args: Args) -> None:
+    dataset = "shakespeare-byte" if args.smoke else f"{args.dataset}-bpe{VOCAB}"
+    results = Results(read_results(args.results), dataset, args.smoke)
+    if not results.done:  # and do not empty the tables
+        what = f"has no result on {dataset}; --dataset or --smoke may say another"
+        what = what if args.results.is_file() else "is not there"
+        advice = "python experiments/study/run.py makes results"
+        raise BadInput(f"--results {args.results}: {what}; {advice}")
+    parts = {name: part(results) for name, part in PARTS.items()}
+    plots = {name: plot(results) for name, plot in PLOTS.items()}
+    if rows := copying.read(args.results.with_name(copying.RESULTS.name)):
+        parts["copying"], plots["copying"] = copying_part(rows), copying_plot(rows)
+    if rows := rounding.read(args.results.with_name(rounding.RESULTS.name)):
+        parts["rounding"] = rounding_part(rows)
+    for name, figure in plots.items():
+        if figure:
+            path = args.results.with_name(f"{name}.png")
+            save_plot(figure, path)
+            link = Path(os.path.relpath(path, args.readme.parent)).as_posix()
+            parts[name] = f"![{name}]({link})\n\n{parts[name]}"
+    decode = args.results.with_name("decode.json")
+    if decode.is_file():
+        parts["decode"] = grid_tables(read_json(decode))
+    text = fill(args.readme.read_text(encoding="utf-8"), parts, f"--readme {args.readme}")
+    write_atomically(args.readme, lambda file: file.write(text.encode()))
+    print(f"{args.readme}: {len(results.done)} results")
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

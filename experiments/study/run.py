@@ -1,0 +1,560 @@
+"""Trains the runs of the studies, in the order of studies.QUEUE.
+
+    python experiments/study/run.py --study all --dry_run          # the queue, and its seconds
+    python experiments/study/run.py --study all --jobs 2           # two on each GPU: one compiles
+                                                                   # while the other trains
+    python experiments/study/run.py --study all --limit_seconds 3000   # start nothing longer
+    python experiments/study/run.py --study all --smoke            # toy sizes, a minute on a CPU
+
+Each run appends its line to the results as it ends, and is not trained again if its line is there,
+so the queue goes on where it stopped. There are no checkpoints: a run takes a minute or two. The
+pieces are train.py's; what is left out is what a long training needs. The text is pg-books, which
+cannot be downloaded: --source or --data_dir says where it is. Any corpus of prepare_data.py can
+take its place.
+"""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.flags import require_positive
+from experiments.paper.hybrids import measured_cache_bytes
+from experiments.study.studies import (
+    RESULTS,
+    STUDIES,
+    VOCAB,
+    Run,
+    Task,
+    build,
+    queue,
+    read_results,
+    results_by_run,
+    row_of,
+)
+from mfa import GPT, at_least_float32, cache_bytes, evaluating
+from prepare_data import load, prepare
+from support.cli import run_command
+from support.corpora import DATA
+from support.machine import Machine, attention_kernels, can_compile, pick_device
+from support.muon import Muon
+from support.provenance import ROOT, provenance
+from support.run_folder import append_line, drop_cut_line
+from train import (
+    Train,
+    batch_starts,
+    count_params,
+    evaluate,
+    learning_rate,
+    make_optimizer,
+    mha_of,
+    take,
+    to_device,
+    train_step,
+)
+
+POINTS = 8  # of the curve, each on
+CURVE_TOKENS = 1 << 17  # validation tokens, always the first; the loss that counts is of all
+SMOKE_TOKENS = 1025  # validation tokens that --smoke has
+STEPS_BEFORE_CAPTURE = 3  # they compile; the next one becomes a CUDA graph
+DEVICE_LOCKS: dict[str, contextlib.AbstractContextManager] = {}  # in the processes of --jobs 2
+
+
+@dataclass
+class Args:
+    """Train the runs of a study, or of all, that are not in the results yet."""
+
+    study: Literal["all", *STUDIES] = "all"  # runs that two studies share are trained once
+    smoke: bool = False  # toy models, four steps each, on the embedded text: does everything run?
+    dry_run: bool = False  # only print the queue
+    results: Path | None = None
+    """File of the results; default experiments/results/study.jsonl, with --smoke a new
+    out/smoke.jsonl."""
+    dataset: str = "pg-books"  # corpus, with a BPE of 8,192 trained on it
+    source: str | None = None  # folder that holds the corpus' text, if it is not prepared yet
+    data_dir: Path = DATA  # where prepared corpora are kept
+    device: str = "auto"  # auto (all GPUs, if there are several), cpu, cuda:1, mps ...
+    compile: Literal["auto", "blocks", "model", "no"] = "auto"
+    """torch.compile: one block, which serves for all of them, or the whole model. auto: blocks,
+    where it pays."""
+    jobs: int = 1
+    """Runs at a time on each device. They train one after the other, so that the next one is
+    compiled when it may begin."""
+    limit_seconds: float = math.inf  # start no run that is not likely to end within this time
+    guess_seconds: float = 60  # of a run at 30M, until some were trained on this device
+
+
+# --------------------------------------------------------------------------------------------------
+# One run
+
+
+@cache
+def load_tokens(folder: Path, device: torch.device) -> tuple[Tensor, Tensor, dict]:
+    train_ids, val_ids, meta = load(folder)
+    return to_device(train_ids, device), to_device(val_ids, device), meta
+
+
+def compiled_loss(model: GPT, machine: Machine, how: str) -> Callable[[Tensor], Tensor]:
+    """train.py's training loss of tokens (B, T + 1), compiled.
+
+    how: "model" as a whole; "blocks" one block, which serves for all; or "no".
+    """
+    # Or the models of earlier runs would count as recompilations of this one, which are limited.
+    torch.compiler.reset()
+    loss_of = machine.loss_function(model, compile=how == "model", graphs=False)
+    if how != "blocks":
+        return loss_of
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+    # GPT.forward's: uncompiled, its float32 logits would go through memory.
+    @torch.compile(dynamic=False)
+    def head_loss(h: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(at_least_float32(model.head(h).flatten(0, 1)), targets.flatten())
+
+    return lambda tokens: head_loss(model.hidden(tokens[:, :-1]), tokens[:, 1:])
+
+
+def as_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """step on a GPU, from its fourth call on as one CUDA graph.
+
+    A small model's kernels take longer to launch than to run.
+    """
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()  # of this device
+    calls = itertools.count()
+
+    def call() -> None:
+        n = next(calls)
+        if n < STEPS_BEFORE_CAPTURE:  # compile, choose kernels, make the optimizer's state
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if n == STEPS_BEFORE_CAPTURE:
+            with torch.cuda.graph(graph, stream=side):
+                step()
+        graph.replay()
+
+    return call
+
+
+def eagerly():
+    """Uncompiled code: compiling for an evaluation alone would not pay."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def gradient(
+    model: GPT, loss_of: Callable, tokens: Tensor, dtype: torch.dtype, parts: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The loss of tokens (B, T + 1), computed in dtype, and its gradient as a vector (parameters,).
+
+    parts: of the batch, one after another, where memory is short. Leaves no gradient behind.
+    """
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=tokens.device)
+    for part in tokens.chunk(parts):
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(part) * (len(part) / len(tokens))
+        loss.backward()
+        total += loss.detach()
+    # None: an expert that no token has visited.
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    whole = torch.cat([grad.flatten() for grad in grads])
+    model.zero_grad(set_to_none=True)
+    return total, whole
+
+
+@torch.no_grad()
+def loss_by_position(model: GPT, ids: Tensor, machine: Machine) -> list[list]:
+    """What the context before a token is worth, over windows side by side.
+
+    [[p, mean loss], ...] over positions p to 2p - 1.
+    """
+    T = model.cfg.block_size
+    n_window = (len(ids) - 1) // T
+    rows = max(1, 16384 // T)  # windows at a time
+    total = torch.zeros(T, device=machine.device)
+    with evaluating(model):
+        for first in range(0, n_window, rows):
+            starts = torch.arange(first, min(first + rows, n_window)) * T
+            tokens = take(ids, starts, T + 1, machine.device)  # (B, T + 1)
+            with machine.autocast():
+                logits = model(tokens[:, :-1])[0]  # (B, T, vocab_size)
+            loss = F.cross_entropy(logits.float().mT, tokens[:, 1:], reduction="none")  # (B, T)
+            total += loss.sum(0)  # (T,)
+    mean = (total / n_window).tolist()
+    edges = [0, *(1 << i for i in range(T.bit_length() - 1)), T]  # 0, 1, 2, 4, ... T / 2, T
+    return [[a, sum(mean[a:b]) / (b - a)] for a, b in itertools.pairwise(edges)]
+
+
+def heads_one_by_one(model: GPT) -> list[dict]:
+    """Muon's groups in which the matrices of each head take steps of their own."""
+    groups = []
+    for block in model.blocks:
+        attn = block.attn
+        n, g = attn.n_head, getattr(attn, "g", 1)
+        heads = dict(q=n, k=g, v=g, o=-n) if hasattr(attn, "g") else dict(q=n, o=-n)
+        for name, p in block.named_parameters():
+            if p.dim() == 2:
+                leaf = name.removeprefix("attn.").removesuffix(".weight")
+                groups.append(dict(params=[p], heads=heads.get(leaf, 0)))
+    return groups
+
+
+class Training:
+    """A run while it is trained: train.py's recipe, made ready for one CUDA graph."""
+
+    def __init__(self, run: Run, folder: Path, machine: Machine, compile: str):
+        cfg, device = run.cfg, machine.device
+        self.machine = machine
+        self.train_ids, self.val_ids, self.meta = load_tokens(folder, device)
+        self.args = Train(
+            model=cfg, batch_size=run.batch_size, max_iters=run.max_iters, learning_rate=run.lr,
+            warmup_iters=run.max_iters // 20, seed=run.seed,
+            optimizer=run.optimizer.removesuffix("_heads"),
+        )  # fmt: skip
+        torch.manual_seed(run.seed)
+        self.model = build(run).to(device).train()
+        self.optimizer = make_optimizer(self.model, self.args)
+        if run.optimizer == "muon_heads":
+            self.optimizer.muon = Muon(heads_one_by_one(self.model), weight_decay=0.1)
+        self.fixed_shapes = cfg.n_expert == 0  # an expert's share is known only as it runs
+        self.loss_of = compiled_loss(self.model, machine, compile if self.fixed_shapes else "no")
+        # A graph reads its inputs and leaves its results always at the same places.
+        self.tokens = torch.zeros(
+            run.batch_size, cfg.block_size + 1, dtype=torch.long, device=device
+        )
+        self.rate = torch.zeros((), device=device)
+        self.loss_and_norm = torch.zeros(2, device=device)
+        on_gpu = device.type == "cuda"
+        for group in self.optimizer.param_groups:
+            group |= dict(lr=self.rate, capturable=on_gpu)
+        self.step = as_graph(self.one_step) if on_gpu and self.fixed_shapes else self.one_step
+
+    def one_step(self) -> None:
+        clip = self.args.grad_clip
+        batches = [self.tokens]
+        found = train_step(self.model, self.loss_of, batches, self.optimizer, self.machine, clip)
+        self.loss_and_norm.copy_(torch.stack(found))
+
+    def prepare_step(self, step: int) -> None:
+        self.rate.fill_(learning_rate(step, self.args))
+        starts = batch_starts(self.args, step, len(self.train_ids))
+        T = self.args.model.block_size
+        self.tokens.copy_(take(self.train_ids, starts, T + 1, self.machine.device))  # (B, T + 1)
+
+    def eager_gradient(self) -> tuple[Tensor, float]:
+        """The next step's loss and gradient norm (2,), and how far rounding moves its gradient.
+
+        |g16 - g32| / |g32|, by eager code and other attention kernels than in training.
+        """
+        dtype = self.machine.dtype
+        # In parts, as GPUs have no kernel for shared keys in float32; but experts balance their
+        # load over a batch.
+        parts = 4 if self.fixed_shapes else 1
+        with eagerly(), attention_kernels(self.machine.device, decoding=True):
+            loss, g16 = gradient(self.model, self.loss_of, self.tokens, dtype)
+            _, g32 = gradient(self.model, self.loss_of, self.tokens, torch.float32, parts)
+        moved = ((g16 - g32).norm() / g32.norm()).item()
+        return torch.stack((loss, g16.norm())), moved
+
+    def check_step(self, step: int, expected: Tensor, moved: float) -> None:
+        """RuntimeError if the step was not that of eager code: a fault of ours."""
+        # Each of two sound gradients may be off by as much as rounding moves one.
+        tolerances = 0.05, 0.05 + (2 * moved if math.isfinite(moved) else 0)
+        pairs = zip(self.loss_and_norm, expected, tolerances, strict=True)
+        if not all(torch.allclose(a, b, rtol=rtol, equal_nan=True) for a, b, rtol in pairs):
+            found = f"{self.loss_and_norm.tolist()}, run eagerly {expected.tolist()}"
+            where = f"where rounding to {self.machine.dtype} moves the gradient by {moved:.1%}"
+            raise RuntimeError(f"step {step}: loss and gradient norm are {found}, {where}")
+
+
+def train_run(
+    run: Run, folder: Path, device_name: str = "auto", compile: str = "no",
+    val_tokens: int | None = None,
+) -> dict:  # fmt: skip
+    """Train one model and return its line of the results, less what the queue knows.
+
+    val_tokens: validation tokens that count, from the first; None: all.
+    """
+    began, waited = time.perf_counter(), 0.0
+    with Machine(device_name) as machine:
+        training = Training(run, folder, machine, compile)
+        model, val_ids = training.model, training.val_ids[:val_tokens]
+        interval = math.ceil(run.max_iters / POINTS)
+        curve, rounding, step, diverged = [], [], 0, False
+        with attention_kernels(machine.device), contextlib.ExitStack() as lock:
+            while step < run.max_iters and not diverged:
+                if step == STEPS_BEFORE_CAPTURE and device_name in DEVICE_LOCKS:
+                    asked = time.perf_counter()
+                    lock.enter_context(DEVICE_LOCKS[device_name])
+                    waited = time.perf_counter() - asked
+                training.prepare_step(step)
+                step += 1
+                evaluation_due = step % interval == 0 or step == run.max_iters
+                if evaluation_due:
+                    expected, moved = training.eager_gradient()
+                    rounding.append([step, moved if math.isfinite(moved) else None])
+                training.step()
+                if evaluation_due:
+                    training.check_step(step, expected, moved)
+                    with eagerly():
+                        loss = evaluate(model, val_ids[: CURVE_TOKENS + 1], machine)
+                    diverged = not math.isfinite(loss)
+                    curve += [] if diverged else [[step, loss]]
+            with eagerly():
+                val_loss = None if diverged else evaluate(model, val_ids, machine)
+                by_position = [] if diverged else loss_by_position(model, val_ids, machine)
+    return dict(
+        **sizes(model), tokens=step * run.batch_size * run.cfg.block_size,
+        **losses(val_loss, curve, training.meta), by_position=by_position, rounding=rounding,
+        seconds=round(time.perf_counter() - began - waited, 1), compile=compile,
+    )  # fmt: skip
+
+
+def sizes(model: GPT) -> dict:
+    size = measured_cache_bytes(model)
+    share = size / cache_bytes(mha_of(model.cfg))
+    params = sum(p.numel() for p in model.parameters())
+    return dict(attn=model.cfg.attn, params=params, cache_bytes=size, cache_share=share)
+
+
+def losses(val_loss: float | None, curve: list, meta: dict) -> dict:
+    """The columns of losses; val_loss None: it is no longer finite."""
+    best = min((loss for _, loss in curve), default=None)
+    columns = dict(val_loss=val_loss, best_val_loss=best, ppl=None, bpb=None, curve=curve)
+    if val_loss is not None:
+        columns["ppl"] = math.exp(val_loss)
+        columns["bpb"] = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+    return columns | dict(diverged=val_loss is None)
+
+
+# --------------------------------------------------------------------------------------------------
+# The queue
+
+
+def size_of(cfg: dict, steps: int, batch_size: int) -> tuple:
+    """Runs of equal size take equally long."""
+    return cfg["n_layer"], cfg["dim"], steps, batch_size
+
+
+def work_of(cfg: dict, params: float, steps: int, batch_size: int) -> float:
+    return params * steps * batch_size * cfg["block_size"]
+
+
+def estimate(run: Run, rows: list[dict], args: Args, device: str) -> float:
+    """Seconds a run will take: those of the latest of its size here, else in proportion to work."""
+    cfg = asdict(run.cfg)
+    known = [
+        row for row in rows
+        if (row["device"], row["jobs"], row["diverged"]) == (device, args.jobs, False)
+    ]  # fmt: skip
+    for row in reversed(known):
+        size = size_of(row["config"], row["steps"], row["batch_size"])
+        if size == size_of(cfg, run.max_iters, run.batch_size):
+            return row["seconds"]
+    work = work_of(cfg, count_params(run.cfg), run.max_iters, run.batch_size)
+    if not known:
+        work_of_guess = 29.9e6 * 65.5e6
+        return args.guess_seconds / work_of_guess * work
+    shape = ("config", "params", "steps", "batch_size")
+    rates = [row["seconds"] / work_of(*(row[name] for name in shape)) for row in known]
+    return median(rates) * work
+
+
+def describe(task: Task) -> str:
+    return f"{task.study:10} {task.arm:20} lr {task.run.lr:<7.2g} seed {task.run.seed}"
+
+
+def print_queue(args: Args, rows: list[dict], dataset: str, device: str) -> None:
+    done, total = results_by_run(rows, dataset), 0.0
+    for number, task in enumerate(queue(args.study, args.smoke), 1):
+        row = done.get(task.run)
+        if row is None:
+            seconds = estimate(task.run, rows, args, device)
+            total += seconds
+            state = f"{seconds:5.0f} s"
+        else:
+            state = "diverged" if row["diverged"] else f"loss {row['val_loss']:.4f}"
+        print(f"{number:4}  {describe(task)}  {state}")
+    minutes = total / len(devices_of(args.device)) / 60
+    print(f"still to make: about {minutes:.0f} minutes")
+
+
+def devices_of(name: str) -> list[str]:
+    """Where runs may go: every GPU for "auto", else the one device."""
+    count = torch.cuda.device_count() if name == "auto" else 0
+    return [f"cuda:{i}" for i in range(count)] if count > 1 else [name]
+
+
+@contextlib.contextmanager
+def workers(jobs: int, devices: list[str]) -> Iterator[Callable[..., Future]]:
+    """A function that starts work(*values) and returns its Future, `jobs` at a time on each device.
+
+    Each has a process of its own: compiled code, captured graphs and cuDNN's plans would outlive a
+    run, and have spoilt later ones. A single job on a CPU runs in this process.
+    """
+    spawn = get_context("spawn")
+    locks = {device: spawn.Lock() for device in devices} if jobs > 1 else {}
+
+    def in_own_process(work: Callable, *values):
+        options = dict(mp_context=spawn, initializer=share_locks, initargs=(locks,))
+        try:
+            with ProcessPoolExecutor(1, **options) as process:
+                return process.submit(work, *values).result()
+        except BrokenExecutor:  # it was killed, perhaps with the lock; others are only slowed down
+            for lock in locks.values():
+                with contextlib.suppress(ValueError):  # nobody has it
+                    lock.release()
+            raise
+
+    if jobs * len(devices) == 1 and pick_device(devices[0]).type == "cpu":
+        yield in_this_process
+    else:
+        with ThreadPoolExecutor(jobs * len(devices)) as pool:
+            yield lambda work, *values: pool.submit(in_own_process, work, *values)
+
+
+def share_locks(locks: dict) -> None:
+    """What a process begins with: a lock for each device."""
+    DEVICE_LOCKS.update(locks)
+
+
+def in_this_process(work: Callable, *values) -> Future:
+    future = Future()
+    try:
+        future.set_result(work(*values))
+    except Exception as e:
+        future.set_exception(e)
+    return future
+
+
+class Scheduler:
+    """Which run comes next, and what has become of those that were started."""
+
+    def __init__(self, args: Args, path: Path, rows: list[dict], dataset: str, origin: dict):
+        self.args, self.path, self.rows = args, path, rows
+        self.columns = dict(dataset=dataset, jobs=args.jobs, **origin)
+        self.tasks = list(queue(args.study, args.smoke))
+        self.done = results_by_run(rows, dataset)
+        self.failed: set[Run] = set()
+        self.running: dict[Future, tuple[Task, str]] = {}  # with its device
+        self.devices = devices_of(args.device)
+        self.began = time.perf_counter()
+
+    def train_all(self, start: Callable[..., Future], *values) -> None:
+        """values: what train_run takes after the folder and the device."""
+        folder, *others = values
+        while True:
+            for task, device in self.next_tasks():
+                self.running[start(train_run, task.run, folder, device, *others)] = task, device
+            if not self.running:
+                break
+            for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                self.finish(future)
+
+    def next_tasks(self) -> Iterator[tuple[Task, str]]:
+        """What to start now, and where: on the device with the fewest runs."""
+        while len(self.running) < self.args.jobs * len(self.devices):
+            busy = [device for _, device in self.running.values()]
+            device = min(self.devices, key=busy.count)
+            task = self.next_task(device)
+            if task is None:
+                return
+            yield task, device
+
+    def next_task(self, device: str) -> Task | None:
+        """The first of the queue that is neither done nor failed nor running, and fits the time."""
+        passed = time.perf_counter() - self.began
+        running = [(task.run, place) for task, place in self.running.values()]
+        ahead = sum(self.seconds(run) for run, place in running if place == device)
+        taken = self.failed | {run for run, _ in running}
+        for task in self.tasks:
+            if task.run in self.done or task.run in taken:
+                continue
+            if passed + ahead + self.seconds(task.run) <= self.args.limit_seconds:
+                return task
+        return None
+
+    def seconds(self, run: Run) -> float:
+        return estimate(run, self.rows, self.args, self.columns["device"])
+
+    def finish(self, future: Future) -> None:
+        """Append the line of a run that has ended, or say that it failed."""
+        task, _ = self.running.pop(future)
+        try:
+            result = future.result()
+        except Exception as e:  # out of memory, say: the others go on
+            self.failed.add(task.run)
+            print(f"{describe(task)}  failed: {type(e).__name__}: {e}", flush=True)
+            return
+        name = STUDIES[task.study][task.arm].name
+        which = dict(study=task.study, arm=task.arm, name=name)
+        row = {**which, **row_of(task.run), **result, **self.columns}
+        self.rows.append(row)
+        self.done[task.run] = row
+        append_line(self.path, row)
+        outcome = "diverged"
+        if not row["diverged"]:
+            outcome = f"loss {row['val_loss']:.4f}  perplexity {row['ppl']:.2f}"
+        print(f"{describe(task)}  {outcome}  {row['seconds']:.0f} s", flush=True)
+
+
+def prepare_text(args: Args) -> Path:
+    if args.smoke:
+        text = dict(dataset="shakespeare", tokenizer="byte")
+    else:
+        text = dict(dataset=args.dataset, tokenizer="bpe", vocab_size=VOCAB)
+    return prepare(**text, source=args.source, data_dir=args.data_dir)
+
+
+def main(args: Args) -> None:
+    require_positive(args, "jobs", "limit_seconds", "guess_seconds")
+    device = pick_device(args.device)
+    path = args.results or (ROOT / "out" / "smoke.jsonl" if args.smoke else RESULTS)
+    if args.smoke and not args.results and not args.dry_run:
+        path.unlink(missing_ok=True)
+    rows, origin = read_results(path), provenance(device)
+    dataset = "shakespeare-byte" if args.smoke else f"{args.dataset}-bpe{VOCAB}"
+    if args.dry_run:
+        print_queue(args, rows, dataset, origin["device"])
+        return
+    scheduler = Scheduler(args, path, rows, dataset, origin)
+    folder = prepare_text(args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drop_cut_line(path)
+    how = args.compile
+    if how == "auto":
+        how = "blocks" if can_compile(device) else "no"
+    with workers(args.jobs, scheduler.devices) as start:
+        scheduler.train_all(start, folder, how, SMOKE_TOKENS if args.smoke else None)
+    left = sum(task.run not in scheduler.done for task in scheduler.tasks)
+    print(f"{len(rows)} results in {path}, {left} runs still to make")
+    print("next: python experiments/study/plot.py")
+    if scheduler.failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

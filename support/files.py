@@ -1,0 +1,83 @@
+"""Files and folders that are whole or not there, and errors that name theirs."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "Desktop.ini", "Icon\r"}
+
+
+@contextlib.contextmanager
+def name_the_file(path: Path) -> Iterator[None]:
+    """Makes an OSError name path: a full disk's does not, and torch.save hides it entirely."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from e
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """write(file) into path.part, flush it to the disk, rename it: path is whole or not there."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with name_the_file(path), open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, folder: Path, names: set[str]) -> None:
+    """Put the finished folder new in the place of folder, whose files are called names.
+
+    Other files that someone has put into folder stay in it. No folder can replace another in one
+    step: the old one waits beside it, and after a kill finish_replacing puts things right.
+    """
+    old = backup_of(folder)
+    try:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    finish_replacing(folder, names)
+
+
+def finish_replacing(folder: Path, names: set[str]) -> None:
+    """Do what a killed replace_folder has left to do; nothing if there was none."""
+    old = backup_of(folder)
+    if not old.exists():
+        return
+    if not folder.exists():
+        old.rename(folder)
+        return
+    with contextlib.suppress(FileNotFoundError):  # another process may do the same just now
+        for path in old.iterdir():
+            if path.name in names:
+                path.unlink()
+                continue
+            kept = folder / path.name
+            while kept.exists():  # somebody has put one into the new folder already
+                kept = kept.with_name(kept.name + ".old")
+            path.rename(kept)
+        old.rmdir()
+
+
+def backup_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def is_hidden(path: str | Path) -> bool:
+    """Whether a name is one that file managers hide, as they do .DS_Store, which macOS leaves in
+    every folder, and __MACOSX, which it leaves in every zip."""
+    names = Path(path).parts
+    return any(name.startswith((".", "__MACOSX")) for name in names) or names[-1] in SYSTEM_FILES

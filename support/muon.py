@@ -1,0 +1,104 @@
+"""Muon (Jordan et al. 2024): a matrix's step is orthogonalised, so that all directions move alike.
+
+torch.optim.Muon does the same one matrix at a time, which leaves a GPU idle and cannot become a
+CUDA graph. Here matrices of one shape are stacked and take their steps together.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+A, B, C = 3.4445, -4.7750, 2.0315  # the quintic x -> A x + B x^3 + C x^5 of Jordan et al.
+
+
+def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
+    """Nearly U V^T for G = U S V^T, (..., r, c): its singular values are moved to about 1.
+
+    Newton-Schulz: each step applies the quintic to the singular values, which products do without
+    a decomposition. In bfloat16 on a GPU, where that is fast and good enough.
+    """
+    X = G.to(torch.bfloat16) if G.is_cuda else G
+    tall = X.shape[-2] > X.shape[-1]
+    if tall:
+        X = X.mT
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
+    for _ in range(steps):
+        gram = X @ X.mT
+        X = A * X + (B * gram + C * gram @ gram) @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+def heads_apart(x: Tensor, n: int) -> Tensor:
+    """A view of n stacked matrices: (n*w, r) -> (n, w, r), or for -n (r, n*w) -> (n, r, w)."""
+    if n > 0:
+        return x.unflatten(0, (n, -1))
+    return x.unflatten(1, (-n, -1)).transpose(0, 1) if n < 0 else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, as long as an AdamW step; decoupled weight decay.
+
+    For parameters (..., r, c). An orthogonal (r, c) matrix has entries of about max(r, c)^-0.5, a
+    step of AdamW about 0.2 in each: the factor 0.2 max(r, c)^0.5 lets one learning rate serve both
+    (Liu et al. 2025, "Muon is scalable for LLM training"). A group with heads=n takes the n
+    matrices that are stacked on the rows of its parameters one by one, heads=-n on the columns.
+    """
+
+    def __init__(self, params: Iterable, lr=1e-3, weight_decay: float = 0.1, momentum=0.95):
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, heads=0)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for params in alike.values():
+                self.step_together(params, group)
+
+    def step_together(self, params: list[Tensor], group: dict) -> None:
+        """One step of parameters that have one shape."""
+        lr, momentum = group["lr"], group["momentum"]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        n = group["heads"]
+        averages = [heads_apart(self.state[p]["momentum"], n) for p in params]
+        grads = [heads_apart(p.grad, n) for p in params]
+        params = [heads_apart(p, n) for p in params]  # views
+        torch._foreach_lerp_(averages, grads, 1 - momentum)
+        ahead = torch._foreach_lerp(grads, averages, momentum)  # Nesterov
+        direction = orthogonalize(torch.stack(ahead))  # (n, ..., r, c)
+        length = 0.2 * max(params[0].shape[-2:]) ** 0.5
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, (direction * (-lr * length)).unbind())
+
+
+class Both:
+    """Two optimizers that step as one: Muon for matrices, AdamW for the rest."""
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
+        self.muon, self.adamw = muon, adamw
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def step(self) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return dict(muon=self.muon.state_dict(), adamw=self.adamw.state_dict())
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])

@@ -1,0 +1,94 @@
+"""What support/muon.py promises, one statement of fact a test."""
+
+import pytest
+import torch
+from attentions import MAIN, gpt
+
+from support.muon import Both, Muon, orthogonalize
+from train import Train, make_optimizer
+
+
+def test_singular_values_are_moved_to_about_one():
+    g = torch.Generator().manual_seed(0)
+    for shape in ((40, 40), (64, 16), (16, 64), (3, 24, 32)):
+        s = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=g)))
+        assert 0.5 < s.min() and s.max() < 1.3, shape
+
+
+def test_the_direction_of_singular_vectors_stays():
+    G = torch.randn(12, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    U, _, V = torch.linalg.svd(G, full_matrices=False)
+    inner = U.T @ orthogonalize(G) @ V.T  # (12, 12)
+    assert (inner - inner.diag().diag()).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_it_is_pytorch_s_muon_but_for_bfloat16(shape):
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(3, *shape, generator=g)
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    how = dict(lr=0.02, weight_decay=0.3)
+    both = Muon(ours, **how), torch.optim.Muon(theirs, **how, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for grad, a, b in zip(torch.randn(3, *shape, generator=g), ours, theirs, strict=True):
+            a.grad, b.grad = grad.clone(), grad.clone()
+        for optimizer in both:
+            optimizer.step()
+    for w, a, b in zip(start, ours, theirs, strict=True):
+        assert (a - b).norm() < 0.02 * (b - w).norm()
+
+
+def test_a_matrix_steps_alike_alone_and_beside_others():
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 8, 12, dtype=torch.float64, generator=g)
+    grads = torch.randn(5, 8, 12, dtype=torch.float64, generator=g)
+    together = [torch.nn.Parameter(w.clone()) for w in start]
+    alone = [torch.nn.Parameter(w.clone()) for w in start]
+    for optimizer in (Muon(together, lr=0.1), *(Muon([p], lr=0.1) for p in alone)):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                at = next(i for i, w in enumerate(start) if torch.equal(w, p))
+                p.grad = grads[at].clone()
+        optimizer.step()
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", MAIN)
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(case):
+    for tied in (True, False):
+        model = gpt(case, tied=tied)
+        optimizer = make_optimizer(model, Train(optimizer="muon", weight_decay=0.3))
+        assert isinstance(optimizer, Both)
+        names = {p: name for name, p in model.named_parameters()}
+        muon, tables, gains = ([names[p] for p in g["params"]] for g in optimizer.param_groups)
+        assert all(name.startswith("blocks.") for name in muon)
+        assert {n for n in names.values() if "norm" in n or "alpha" in n} == set(gains)
+        assert set(tables) == {"embed.weight"} | ({"head.weight"} if not tied else set())
+        assert len(muon) + len(tables) + len(gains) == len(names)
+        assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.3, 0.0]
+
+
+def test_its_steps_are_as_long_as_adamw_s():
+    p = torch.nn.Parameter(torch.zeros(64, 256))
+    p.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    Muon([p], lr=1.0, weight_decay=0.0).step()
+    assert p.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_heads_taken_one_by_one_step_as_matrices_of_their_own(sign):
+    g = torch.Generator().manual_seed(0)
+    start, grad = torch.randn(2, 4, 6, 10, dtype=torch.float64, generator=g)  # 4 heads
+
+    def stacked(x):
+        return x.flatten(0, 1) if sign > 0 else x.transpose(0, 1).flatten(1)
+
+    whole = torch.nn.Parameter(stacked(start).clone())
+    alone = [torch.nn.Parameter(w.clone()) for w in start]
+    whole.grad = stacked(grad).clone()
+    for p, each in zip(alone, grad, strict=True):
+        p.grad = each.clone()
+    Muon([dict(params=[whole], heads=4 * sign)], lr=0.1).step()
+    Muon(alone, lr=0.1).step()
+    assert torch.allclose(whole, stacked(torch.stack(alone)), rtol=1e-13, atol=1e-13)

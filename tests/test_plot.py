@@ -1,0 +1,200 @@
+"""experiments/study/plot.py: its tables say what the results say."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from runs import ROOT, command
+from study_rows import row
+
+from experiments.study import plot, studies
+from experiments.study.studies import (
+    FIGURE1,
+    FIGURE3,
+    read_results,
+    run_for,
+)
+from support.cli import BadInput
+from support.generated import fill
+
+
+def test_cache_of_figure1():
+    """Of MHA's: the comparisons that the claims rest on are at these sizes."""
+    share = {arm: plot.sizes_of(run_for("figure1", arm, 1, 0))[2] for arm in FIGURE1}
+    assert share["mha"] == 1 and share["mfa"] == share["mqa"] == share["mfa_kr_2d"] == 0.125
+    assert share["mfa_half"] == 0.125 and share["mfa_kr"] == share["mfa_kr_half"] == 0.0625
+    assert share["mfa_2d"] == share["gqa2"] == 0.25 and share["gqa4"] == 0.5
+    assert share["mla_joint"] == share["mla_separate"] == share["mla_deepseek"] == 160 / 1024
+    assert share["mla_joint_256"] == share["mla_separate_128"] == 288 / 1024
+
+
+def test_no_results_do_not_empty_the_tables(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(before := (studies.RESULTS.parent.parent / "README.md").read_bytes())
+    (tmp_path / "other.jsonl").write_text("", encoding="utf-8")
+    for name, says in (
+        ("none.jsonl", "is not there"),
+        ("other.jsonl", "has no result on pg-books-bpe8192"),
+    ):
+        assert (
+            command(plot.main, plot.Args, [f"--results={tmp_path / name}", f"--readme={readme}"])
+            == 2
+        )
+        assert says in capsys.readouterr().err and readme.read_bytes() == before
+
+
+def test_plots_and_tables(smoke):
+    readme = smoke.parents[1] / "README.md"
+    shutil.copy(ROOT / "experiments" / "README.md", readme)
+    assert (
+        command(plot.main, plot.Args, ["--smoke", f"--results={smoke}", f"--readme={readme}"]) == 0
+    )
+    text = readme.read_text(encoding="utf-8")
+    for name in plot.PLOTS:
+        assert (
+            smoke.with_name(f"{name}.png").stat().st_size < 200_000
+            and f"![{name}](results/{name}.png)" in text
+        )
+    assert "| not made |" not in text
+    mqa = [
+        r["ppl"]
+        for r in plot.Results(read_results(smoke), "shakespeare-byte", toy=True).of(
+            "figure1", "mqa"
+        )
+    ]
+    assert f"| {sum(mqa) / 3:.2f} ± {torch.tensor(mqa, dtype=torch.float64).std():.2f} |" in text
+
+
+def test_the_readme_shows_the_committed_results(tmp_path):
+    """python experiments/study/plot.py was run after the last change of results, tables or arms."""
+    readme, results = tmp_path / "README.md", tmp_path / "results" / "study.jsonl"
+    results.parent.mkdir()
+    for name in ("study.jsonl", "decode.json", "copying.jsonl", "rounding.jsonl"):
+        shutil.copy(studies.RESULTS.with_name(name), results.with_name(name))
+    shutil.copy(ROOT / "experiments" / "README.md", readme)
+    assert command(plot.main, plot.Args, [f"--results={results}", f"--readme={readme}"]) == 0
+    assert readme.read_text(encoding="utf-8") == (ROOT / "experiments" / "README.md").read_text(
+        encoding="utf-8"
+    )
+    for name in plot.PLOTS:
+        assert (
+            results.with_name(f"{name}.png").exists()
+            == studies.RESULTS.with_name(f"{name}.png").exists()
+        )
+
+
+def test_order_names_the_pairs_that_differ():
+    losses = dict(mha=3.7, mfa=3.8, vanilla=3.9, gated=None)
+    rows = [
+        row(studies.Task("table4", arm, run_for("table4", arm, 1, 0)), loss)
+        for arm, loss in losses.items()
+    ]
+    text = plot.order(plot.Results(rows), "table4")
+    assert (
+        text
+        == f"Order: 2 of 3 pairs as in the paper. The other way round here: MHA ({math.exp(3.7):.2f}) below MFA ({math.exp(3.8):.2f})."
+    )
+    table = plot.main_table(plot.Results(rows), "table4")
+    assert "1 of 1 did not train" in table and table.count("not made") == 2
+    mfa, mha, proj = (("table4", arm) for arm in ("mfa", "mha", "proj"))
+    assert plot.difference_cells(plot.Results(rows), mfa, mha)[3:] == ["-0.1000", "in 0 of 1 seeds"]
+    assert plot.difference_cells(plot.Results(rows), mfa, proj)[1:] == [
+        "+ extra value projection",
+        "6.25%",
+        "–",
+        "not made",
+    ]
+
+
+def test_a_run_that_did_not_train_is_counted_and_not_averaged():
+    def rows(*ends):
+        tasks = [
+            studies.Task("why", "mha_16", run_for("why", "mha_16", 1, seed))
+            for seed in range(len(ends))
+        ]
+        return [
+            row(task, end) | dict(curve=[[500, 4.7], [4000, end]])
+            for task, end in zip(tasks, ends, strict=True)
+        ]
+
+    results = plot.Results(rows(3.7, 4.7, 3.9))
+    assert (
+        plot.outcome(results.of("why", "mha_16"), "val_loss") == "3.80 ± 0.14, 1 of 3 did not train"
+    )
+    assert [found["val_loss"] for found in results.trained("why", "mha_16")] == [3.7, 3.9]
+    assert plot.outcome(rows(5.0)) == "1 of 1 did not train"
+
+
+def test_runs_whose_gradient_rounding_moves_far_are_named():
+    def line(seed, *off):
+        looks = [[step, each] for step, each in enumerate(off, 1)]
+        return row(studies.Task("why", "mha_16", run_for("why", "mha_16", 1, seed)), 3.7) | dict(
+            name="MHA", rounding=looks
+        )
+
+    rows = [line(0, 0.01, 0.3, 0.2), line(1, 0.01, 0.04), line(2, 0.02, None)]
+    *head, last = plot.gradient_part(plot.Results([*rows, line(0) | dict(seed=3)])).splitlines()
+    assert head[2:4] == [
+        "| why: MHA | 0.0014 | 0 | 1% | 30% | 20% | 40.45 |",
+        "| why: MHA | 0.0014 | 2 | 2% | not finite | not finite | 40.45 |",
+    ]
+    assert (
+        last
+        == "Rounding moves the gradient of the other 1 of 3 runs that were asked by 4.0% at most."
+    )
+
+
+def test_a_difference_of_means_has_students_interval():
+    d, half = plot.difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
+    assert d == 1 and half == pytest.approx(
+        2.776 * math.sqrt(2 / 3)
+    )  # equal variances of 1, 4 degrees of freedom
+    assert plot.difference([1.0], [2.0, 3.0, 4.0]) == (2.0, None)
+
+
+def test_a_size_is_compared_at_the_seeds_that_all_its_attentions_have_trained():
+    def line(arm, seed, end):
+        return row(studies.Task("figure3", arm, run_for("figure3", arm, 1, seed)), end) | dict(
+            curve=[[1, 4.7], [2, end]]
+        )
+
+    rows = [line(arm, seed, 3.7) for arm in ("mha_2m", "mfa_2m", "mha_7m") for seed in (0, 1)]
+    rows += [line("mfa_kr_2m", 0, 3.8), line("mfa_kr_2m", 1, 4.8)]  # the second did not train
+    seeds = {
+        arm: [found["seed"] for found in lines]
+        for arm, lines in plot.same_seeds(plot.Results(rows), "figure3").items()
+    }
+    assert seeds["mha_2m"] == seeds["mfa_2m"] == seeds["mfa_kr_2m"] == [0]
+    assert seeds["mha_7m"] == [0, 1] and seeds["mha_60m"] == []
+    table = plot.figure3_part(plot.Results([*rows, line("mfa_7m", 0, 4.8)]))
+    assert "| 1 of 1 did not train |" in table and table.count("not made") == len(FIGURE3) - 5
+
+
+def test_distances_from_mha_by_position_are_of_means_over_seeds():
+    def line(arm, seed, *losses):
+        by = dict(by_position=[[1 << i >> 1, loss] for i, loss in enumerate(losses)])
+        return row(studies.Task("figure1", arm, run_for("figure1", arm, 1, seed)), 3.7) | by
+
+    rows = [line("mfa", 0, 5.0, 4.0, 3.0), line("mfa", 1, 5.2, 4.0, 3.0)]
+    assert plot.positions_part(plot.Results(rows)) == "MHA was not made."
+    text = plot.positions_part(plot.Results([*rows, line("mha", 0, 5.0, 4.1, 3.0)]))
+    assert text.startswith("| nats above MHA, position | 0 | 1 | 2 to 3 |") and "MHA |" not in text
+    assert (
+        "| 0.100 | -0.100 | 0.000 |" in text
+        and text.count("| not made | not made | not made |") == len(FIGURE1) - 2
+    )
+
+
+def test_power_law():
+    a, b, rms = plot.power_law([(x, 20 * x**-0.05) for x in (1e12, 1e13, 1e15)])
+    assert (a, b) == (pytest.approx(20), pytest.approx(0.05)) and rms < 1e-9
+
+
+def test_a_missing_mark():
+    with pytest.raises(BadInput, match="<!-- status -->"):
+        fill("no marks", {"status": "text"})
+    assert (
+        fill("a\n<!-- x -->\nold\n<!-- /x -->\nb", {"x": r"\new"})
+        == "a\n<!-- x -->\n\\new\n<!-- /x -->\nb"
+    )

@@ -1,0 +1,180 @@
+"""The studies: their configs are what they claim to be, and the queue has every run once."""
+
+import json
+
+import pytest
+import torch
+from study_rows import row
+from torch import nn
+
+from experiments.study import studies
+from experiments.study.studies import (
+    CORE,
+    GRID,
+    STUDIES,
+    best_rate,
+    queue,
+    results_by_run,
+    run_for,
+    run_of,
+)
+from mfa import Config
+from train import count_params
+
+EVERYTHING = [(study, arm) for study, arms in STUDIES.items() for arm in arms]
+
+
+@pytest.mark.parametrize(("study", "arm"), EVERYTHING)
+def test_equal_parameters(study, arm):
+    a, cfg = STUDIES[study][arm], run_for(study, arm, 1, 0).cfg
+    size = {k: v for k, v in studies.SIZES[a.size].items() if k in Config.__dataclass_fields__}
+    if a.matched:
+        assert (
+            abs(
+                count_params(cfg)
+                / count_params(Config(attn="mha", vocab_size=studies.VOCAB, **size))
+                - 1
+            )
+            < 0.005
+        )
+    else:
+        assert cfg.ffn_dim == size["ffn_dim"]
+
+
+def test_tokens():
+    runs = {
+        size: run_for("figure3", f"mha_{size.lower()}", 1, 0)
+        for size in ("2M", "7M", "30M", "60M", "MoE")
+    }
+    per_parameter = [
+        r.max_iters * r.batch_size * r.cfg.block_size / count_params(r.cfg) for r in runs.values()
+    ]
+    assert max(per_parameter) / min(per_parameter) < 1.02
+    for arm in STUDIES["length"]:
+        r = run_for("length", arm, 1, 0)
+        assert r.max_iters * r.batch_size * r.cfg.block_size == 65_536_000
+
+
+def test_table3_adds_what_the_paper_adds():
+    plain, wide, factored = (
+        count_params(run_for("table3", arm, 1, 0).cfg) for arm in ("plain", "wide", "factored")
+    )
+    H, C = 512, 64
+    assert wide - plain == 8 * 2 * 6 * C * H  # 8 layers, Q and O of 6 more heads
+    assert factored - plain == 8 * (
+        6 * C * H + H * C + 14 * C * C - 8 * C * H
+    )  # O; S_q and Q instead of Q
+
+
+def test_the_attention_alone_can_start_at_the_papers_std():
+    run = run_for("question_b", "mfa_30m_attn", 1, 0)
+    torch.manual_seed(0)
+    block = studies.build(run).blocks[1]
+    found = [
+        p.detach().std().item()
+        for p in (block.attn.q.weight, block.attn.o.weight, block.ffn.w1.weight)
+    ]
+    assert found == pytest.approx([0.02, 0.02 / 4**0.5, 0.04], rel=0.05)
+
+
+def test_values_and_outputs_alone_can_start_at_the_papers_std():
+    run = run_for("question_b", "mfa_30m_vo", 1, 0)
+    torch.manual_seed(0)
+    attn = studies.build(run).blocks[1].attn
+    found = [
+        p.detach().std().item()
+        for p in (attn.q.weight, attn.s_k.weight, attn.s_v.weight, attn.o.weight)
+    ]
+    assert found == pytest.approx([0.04, 0.04, 0.02, 0.02 / 4**0.5], rel=0.05)
+
+
+def test_deepseek_init():
+    torch.manual_seed(0)
+    model = studies.build(run_for("figure1", "mla_deepseek", 1, 0))
+    assert model.embed.weight.std().item() == pytest.approx(0.006, rel=0.01)
+    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
+    assert all(
+        w.std().item() == pytest.approx(0.012, rel=0.03) for w in matrices
+    )  # output projections too
+    assert all(
+        torch.equal(m.weight, torch.ones_like(m.weight))
+        for m in model.modules()
+        if isinstance(m, nn.RMSNorm)
+    )
+
+
+def test_queue():
+    tasks = list(queue())
+    assert len({task.run for task in tasks}) == len(tasks)
+    assert {task.study for task in tasks} == set(STUDIES)
+    assert [task.arm for task in tasks[: len(CORE)]] == list(CORE)  # what the claims rest on
+    assert {(task.run.lr, task.run.seed) for task in tasks[: len(CORE)]} == {(1.4e-3, 0)}
+    planned = {task.run for task in tasks}
+    for study, arm in EVERYTHING:
+        rates = GRID if study in ("figure1", "table3", "table4", "table5") else (1,)
+        assert {
+            run_for(study, arm, times, seed) for times in rates for seed in (0, 1, 2)
+        } <= planned
+
+
+def test_studies_share_runs():
+    mha = run_for("figure1", "mha", 1, 0)
+    assert all(
+        run_for(*at, 1, 0) == mha
+        for at in (("table4", "mha"), ("length", "mha_512"), ("figure3", "mha_30m"))
+    )
+    assert (
+        run_for("question_a", "pre", 1, 0)
+        == run_for("table4", "gated", 1, 0)
+        == run_for("figure1", "mfa_kr", 1, 0)
+    )
+    assert run_for("question_a", "post", 1, 0) != run_for("question_a", "pre", 1, 0)
+
+
+def test_the_best_learning_rate_is_one_that_trains():
+    for losses, wanted in (
+        ((3.7, None, 3.6), 2),
+        ((None, 3.5, 3.6), 1),
+        ((None, None, None), None),
+    ):
+        tasks = [
+            studies.Task("table4", "vanilla", run_for("table4", "vanilla", times, 0))
+            for times in GRID
+        ]
+        done = results_by_run(
+            [row(*each) for each in zip(tasks, losses, strict=True)], f"pg-books-bpe{studies.VOCAB}"
+        )
+        assert best_rate("table4", "vanilla", done) == (None if wanted is None else GRID[wanted])
+
+
+def test_the_best_learning_rate_is_of_the_seeds_that_all_rates_have():
+    losses = {
+        (GRID[0], 0): 3.5,
+        (GRID[1], 0): 3.6,
+        (GRID[2], 0): 3.7,
+        (GRID[0], 1): 3.9,
+        (GRID[1], 1): 3.6,
+        (GRID[2], 1): 3.7,
+    }
+    done = {}
+    for (times, seed), loss in losses.items():
+        done |= results_by_run(
+            [row(studies.Task("figure1", "mha", run_for("figure1", "mha", times, seed)), loss)],
+            f"pg-books-bpe{studies.VOCAB}",
+        )
+        assert best_rate("figure1", "mha", done) == (
+            GRID[1] if len(done) == len(losses) else GRID[0]
+        )
+
+
+def test_results_say_which_run_they_are_of():
+    for task in queue():
+        assert run_of(json.loads(json.dumps(studies.row_of(task.run)))) == task.run
+
+
+def test_a_run_that_ends_where_it_began_did_not_train():
+    def curve(*losses, diverged=False):
+        return dict(curve=[[i, loss] for i, loss in enumerate(losses)], diverged=diverged)
+
+    assert studies.untrained(curve(4.7, 3.7, 4.7)) and studies.untrained(curve(4.7, diverged=True))
+    assert not studies.untrained(curve(4.7, 4.6)) and not studies.untrained(curve(4.7))
