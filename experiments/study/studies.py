@@ -49,6 +49,7 @@ SIZES = {
     "30M, 8,000 steps": dict(**AT_30M, batch_size=16, max_iters=8000, lr=2e-3),
     # Muon's steps are as long as AdamW's, and it stands higher rates.
     "30M, Muon": dict(**AT_30M, batch_size=32, max_iters=4000, lr=3e-3),
+    "7M, Muon": dict(**AT_7M, batch_size=16, max_iters=1880, lr=4.2e-3),
 }
 SEEDS = (0, 1, 2)
 # Peak learning rates, as factors of the size's lr.
@@ -237,7 +238,7 @@ MODERN = {
 }
 # Does Muon do better on heads one by one than on the matrix that stacks them?
 MUON_HEADS = {
-    f"{name}_{how}": Arm(f"{title}, {text}", model, size="30M, Muon", optimizer=optimizer)
+    f"{name}_{how}": Arm(f"{title}, {text}", model, size="7M, Muon", optimizer=optimizer)
     for name, title, model in (("mfa", "MFA", MFA), ("mha", "MHA", MHA))
     for how, text, optimizer in (
         ("stacked", "heads stacked", "muon"),
