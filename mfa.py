@@ -291,9 +291,8 @@ class KVCache:
         They come back in the dtype of `new`.
         """
         B, end = new[0].shape[0], self.length + new[0].shape[2]
-        require(
-            B == self.batch_size, f"the cache was made for a batch of {self.batch_size}, not {B}"
-        )
+        what = f"the cache was made for a batch of {self.batch_size}"
+        require(B == self.batch_size, f"{what}, not {B}")
         require(end <= self.capacity, f"the cache holds {self.capacity} tokens; {end} do not fit")
         first = self.writers.setdefault(attn.layer, attn)
         require(first is attn, f"two attentions have layer={attn.layer}: give each its own")
@@ -322,9 +321,7 @@ class Counts(NamedTuple):
     params: int
     heads: int
     rank: int  # factorization rank per head (FRH): the rank of W_c
-    shared_dim: (
-        int  # shared latent subspace dimension (SLSD): rank of all W_c stacked on keys' side
-    )
+    shared_dim: int  # shared latent subspace dimension (SLSD): rank of the W_c stacked key-side
     total_rank: int  # total effective rank (TER): heads * rank
 
 
@@ -779,7 +776,7 @@ class MFA(Attention):
     """Multi-matrix Factorization Attention (Eqs. 6-7): W_c = S_q Q_c S_k^T, U_c = S_v O_c^T.
 
     One key head and one value head, C wide. Under rope W_c = S_q Q_c R_(i-j) S_k^T: the rotation
-    falls between two factors and costs nothing.
+    falls between two factors and costs nothing. Step-3's is this with latent_norm and q_rank = 8 C.
     Paper: O_c is printed (C, C); Table 1's parameters, and the product with x_j S_v, need (H, C).
     Scores are printed over sqrt(d); the key is C wide, so sqrt(C). n heads there are Table 1's m.
     """
@@ -838,6 +835,7 @@ class MFAKR(MFA):
     As a matrix, v_j = k_j M with M = I + N^T diag(alpha) for key_reuse "gated"; Table 4's steps to
     it are I ("vanilla"), N^T ("proj") and I + N^T ("residual"). M stands between the softmax and
     O_c, so it acts on each head's output, once a query, instead of on every cached key.
+    DeepSeek-V4's core is "vanilla" and "inverse" with rope_fraction, q_rank, qk_norm, latent_norm.
     Paper: Eq. 8's N S_k does not conform; Eq. 9 does, with the gate on N's output. Whether the key
     is reused before or after its rotation is not said; key_reuse_rope is one of
 
