@@ -408,9 +408,10 @@ class Attention(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        for name in "build counts query to_cache qk_circuit vo_circuit".split():
-            if not hasattr(cls, name):
-                raise TypeError(f"{cls.__name__} is an Attention without {name}(): write one")
+        wanted = "build counts query to_cache qk_circuit vo_circuit".split()
+        lacks = ", ".join(f"{name}()" for name in wanted if not hasattr(cls, name))
+        if lacks:
+            raise TypeError(f"{cls.__name__} is an Attention without {lacks}: write it")
 
     @classmethod
     def check(cls, cfg: Config) -> None:

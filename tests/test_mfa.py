@@ -26,7 +26,19 @@ from attentions import (
 from torch.func import functional_call
 
 from experiments.paper.tables import params_without_embedding, ranks
-from mfa import ATTENTION, GPT, PRESETS, Config, KVCache, MoE, SwiGLU, alibi, preset, rotate
+from mfa import (
+    ATTENTION,
+    GPT,
+    PRESETS,
+    Attention,
+    Config,
+    KVCache,
+    MoE,
+    SwiGLU,
+    alibi,
+    preset,
+    rotate,
+)
 from mfa import draw as pick
 from support.machine import attention_kernels
 
@@ -858,3 +870,52 @@ def test_every_norm_adds_the_configs_epsilon():
         x = vectors(3, *norm.weight.shape)
         expected = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * norm.weight
         assert difference(norm(x), expected) < 1e-12
+
+
+# --------------------------------------------------------------------------------------------------
+# One attention in a block of one's own
+
+
+def test_two_attentions_of_the_same_layer_do_not_share_a_cache():
+    cfg = config("mfa")
+    one, other = (randomized(ATTENTION["mfa"](cfg)) for _ in range(2))
+    with pytest.raises(ValueError, match="layer=0, 1, 2 ..., each its own, not .0, 0."):
+        KVCache(torch.nn.ModuleList([one, other]), 2, 8)
+    cache = KVCache(one, 2, 8)
+    one(states(cfg), cache)
+    with pytest.raises(ValueError, match="two attentions have layer=0: give each its own"):
+        other(states(cfg), cache)
+
+
+@the_seven
+def test_attentions_in_a_module_of_ones_own_decode_with_a_cache_as_without(case):
+    cfg = config(case)
+    mine = torch.nn.ModuleList(randomized(ATTENTION[cfg.attn](cfg, layer)) for layer in (0, 1))
+    x = states(cfg)
+    cache = KVCache(mine, 2, 7)
+    parts = []
+    for part in x.split([4, 1, 2], dim=1):
+        parts.append(mine[1](mine[0](part, cache), cache))
+        cache.length += part.shape[1]
+    assert difference(torch.cat(parts, dim=1), mine[1](mine[0](x))) < 1e-12
+
+
+def test_top_p_of_one_cuts_nothing():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 50_304, generator=g).expand(2000, -1) * 1e-3
+    seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert torch.equal(pick(logits, top_p=1.0, generator=seeds[0]), pick(logits, generator=seeds[1]))
+
+
+def test_the_preset_of_fpba_is_small():
+    sizes = [
+        sum(p.numel() for p in GPT(preset("tiny", attn)).parameters()) for attn in ("fpba", "mha")
+    ]
+    assert sizes[0] < 2 * sizes[1]
+
+
+def test_a_class_that_lacks_a_method_says_which():
+    with pytest.raises(TypeError, match="Half is an Attention without to_cache.., qk_circuit"):
+
+        class Half(Attention):
+            build = counts = query = vo_circuit = None

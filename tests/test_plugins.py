@@ -93,7 +93,7 @@ def test_a_plugin_trains_resumes_and_samples_without_its_file(attn, data, tmp_pa
         ("", 'adds nothing; end it with ATTENTION["name"] = YourClass'),
         (
             "from mfa import Attention\nclass Mine(Attention):\n    def build(self, cfg): ...",
-            "Mine is an Attention without counts(): write one",
+            "Mine is an Attention without counts(), query(), to_cache(), qk_circuit(), vo_circuit(): write",
         ),
     ],
 )
