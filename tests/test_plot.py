@@ -93,7 +93,7 @@ def test_order_names_the_pairs_that_differ():
     text = plot.order(plot.Results(rows), "table4")
     assert (
         text
-        == f"Order: 2 of 3 pairs as in the paper. The other way round here: MHA ({math.exp(3.7):.2f}) below MFA ({math.exp(3.8):.2f})."
+        == f"Order: 2 of 3 pairs as in the paper. The other way round here: MHA ({math.exp(3.7):.2f}) better than MFA ({math.exp(3.8):.2f})."
     )
     table = plot.main_table(plot.Results(rows), "table4")
     assert "1 of 1 did not train" in table and table.count("not made") == 2
@@ -179,7 +179,7 @@ def test_distances_from_mha_by_position_are_of_means_over_seeds():
     rows = [line("mfa", 0, 5.0, 4.0, 3.0), line("mfa", 1, 5.2, 4.0, 3.0)]
     assert plot.positions_part(plot.Results(rows)) == "MHA was not made."
     text = plot.positions_part(plot.Results([*rows, line("mha", 0, 5.0, 4.1, 3.0)]))
-    assert text.startswith("| nats above MHA, position | 0 | 1 | 2 to 3 |") and "MHA |" not in text
+    assert text.startswith("| nats worse than MHA, position | 0 | 1 | 2 to 3 |") and "MHA |" not in text
     assert (
         "| 0.100 | -0.100 | 0.000 |" in text
         and text.count("| not made | not made | not made |") == len(FIGURE1) - 2
