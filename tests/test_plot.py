@@ -1,7 +1,9 @@
 """experiments/study/plot.py: its tables say what the results say."""
 
 import math
+import re
 import shutil
+import statistics
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from experiments.study.studies import (
     run_for,
 )
 from support.cli import BadInput
-from support.generated import fill
+from support.generated import around, fill
+
+PAGE = ROOT / "experiments" / "RESULTS.md"
 
 
 def test_cache_of_figure1():
@@ -30,27 +34,27 @@ def test_cache_of_figure1():
 
 
 def test_no_results_do_not_empty_the_tables(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_bytes(before := (studies.RESULTS.parent.parent / "README.md").read_bytes())
+    page = tmp_path / "RESULTS.md"
+    page.write_bytes(before := PAGE.read_bytes())
     (tmp_path / "other.jsonl").write_text("", encoding="utf-8")
     for name, says in (
         ("none.jsonl", "is not there"),
         ("other.jsonl", "has no result on pg-books-bpe8192"),
     ):
         assert (
-            command(plot.main, plot.Args, [f"--results={tmp_path / name}", f"--readme={readme}"])
+            command(plot.main, plot.Args, [f"--results={tmp_path / name}", f"--page={page}"])
             == 2
         )
-        assert says in capsys.readouterr().err and readme.read_bytes() == before
+        assert says in capsys.readouterr().err and page.read_bytes() == before
 
 
 def test_plots_and_tables(smoke):
-    readme = smoke.parents[1] / "README.md"
-    shutil.copy(ROOT / "experiments" / "README.md", readme)
+    page = smoke.parents[1] / "RESULTS.md"
+    shutil.copy(PAGE, page)
     assert (
-        command(plot.main, plot.Args, ["--smoke", f"--results={smoke}", f"--readme={readme}"]) == 0
+        command(plot.main, plot.Args, ["--smoke", f"--results={smoke}", f"--page={page}"]) == 0
     )
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     for name in plot.PLOTS:
         assert (
             smoke.with_name(f"{name}.png").stat().st_size < 200_000
@@ -66,22 +70,60 @@ def test_plots_and_tables(smoke):
     assert f"| {sum(mqa) / 3:.2f} ± {torch.tensor(mqa, dtype=torch.float64).std():.2f} |" in text
 
 
-def test_the_readme_shows_the_committed_results(tmp_path):
+def test_the_page_shows_the_committed_results(tmp_path):
     """python experiments/study/plot.py was run after the last change of results, tables or arms."""
-    readme, results = tmp_path / "README.md", tmp_path / "results" / "study.jsonl"
+    page, results = tmp_path / "RESULTS.md", tmp_path / "results" / "study.jsonl"
     results.parent.mkdir()
-    for name in ("study.jsonl", "decode.json", "copying.jsonl", "rounding.jsonl"):
+    for name in (
+        "study.jsonl",
+        "decode.json",
+        "train.json",
+        "copying.jsonl",
+        "rounding.jsonl",
+    ):
         shutil.copy(studies.RESULTS.with_name(name), results.with_name(name))
-    shutil.copy(ROOT / "experiments" / "README.md", readme)
-    assert command(plot.main, plot.Args, [f"--results={results}", f"--readme={readme}"]) == 0
-    assert readme.read_text(encoding="utf-8") == (ROOT / "experiments" / "README.md").read_text(
-        encoding="utf-8"
-    )
-    for name in plot.PLOTS:
-        assert (
-            results.with_name(f"{name}.png").exists()
-            == studies.RESULTS.with_name(f"{name}.png").exists()
-        )
+    shutil.copy(PAGE, page)
+    assert command(plot.main, plot.Args, [f"--results={results}", f"--page={page}"]) == 0
+    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+    drawn = {path.name for path in results.parent.glob("*.png")}
+    assert drawn == {path.name for path in studies.RESULTS.parent.glob("*.png")}
+
+
+def test_a_number_typed_into_a_generated_part_does_not_stay(tmp_path):
+    text = PAGE.read_text(encoding="utf-8")
+    for name in (*plot.PARTS, "copying", "rounding", "decode", "training"):
+        head, tail = around(text, name)
+        assert fill(f"{head}\n1.05\n{tail}", {name: text[len(head) : -len(tail)].strip()}) == text
+
+
+def test_what_the_findings_say_is_in_the_results():
+    """The numbers that experiments/README.md types, and the order that its sentences claim."""
+    text = " ".join((ROOT / "experiments" / "README.md").read_text(encoding="utf-8").split())
+    results = plot.Results(read_results(studies.RESULTS))
+
+    def ppl(study, arm, factor=None):
+        return statistics.mean(row["ppl"] for row in results.of(study, arm, factor))
+
+    adamw = {arm: ppl("figure1", arm) for arm in FIGURE1}
+    muon = {arm: ppl("modern", arm) for arm in ("mha", "gqa2", "mfa", "mqa", "mla_joint", "mfa_kr", "mfa_kr_half_norm")}
+    assert f"Muon takes MHA from {adamw['mha']:.1f} to {muon['mha']:.1f}" in text
+    assert f"MFA with C = 2d is as good as MHA ({adamw['mfa_2d']:.1f})" in text
+    assert f"GQA with 2 of 8 heads slightly worse ({adamw['gqa2']:.1f})" in text
+    assert f"With Muon, GQA costs {muon['gqa2'] - muon['mha']:.1f}." in text
+    assert f"With Muon it is {muon['mqa'] - muon['mfa']:.1f} better than MQA" in text and muon["mfa"] < muon["gqa2"]
+    assert f"MFA is as good as MHA with AdamW ({adamw['mfa_half']:.1f})" in text
+    assert f"as good as MQA with an eighth ({muon['mfa_kr_half_norm']:.1f}). The paper's form is at {muon['mfa_kr']:.1f}." in text
+    assert abs(muon["mfa_kr_half_norm"] - muon["mqa"]) < 0.1 and abs(muon["mla_joint"] - muon["mfa"]) < 0.2
+    assert all(adamw[arm] > adamw["mqa"] - 0.05 for arm in FIGURE1 if arm.startswith("mla"))
+    reused = [ppl("question_a", arm, 10 / 7) for arm in ("pre", "inverse", "post")]
+    assert reused == sorted(reused) and f"(`pre`) are best, {reused[0]:.1f}" in text and f"clearly worse, {reused[2]:.1f}" in text
+    gate, plain = ppl("table4", "gated"), ppl("table4", "vanilla")
+    assert f"plain reuse of the key, {gate:.1f} against {plain:.1f}" in text
+    low, high = (ppl("figure1", "mfa_kr", factor) for factor in (studies.GRID[0], studies.GRID[2]))
+    assert f"MFA-KR gains {low - high:.1f} from 1e-3 to 2e-3" in text
+    for study in ("table3", "table4", "table5", "table6"):
+        pairs = re.search(r"(\d+ of \d+) pairs", plot.order(results, study))[1]
+        assert re.search(rf"{pairs} (pairs )?of Table {study[-1]}", text)
 
 
 def test_order_names_the_pairs_that_differ():
