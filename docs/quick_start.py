@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+INSTALL = "pip install -e ."
 TRAIN = "python train.py --attn mfa_kr"
 SAMPLE = 'python sample.py --prompt "ROMEO:"'
 
@@ -28,12 +29,13 @@ def printed(command: str, folder: str) -> list[str]:
 
 
 def shortened(train: list[str], sample: list[str]) -> str:
-    """Ten lines or so of each: what is trained, its first and last losses, and the text's start."""
+    """Ten lines of each: what is trained, its first and last losses, and the text's beginning."""
     steps = [line for line in train if line.startswith("step ")]
-    before = [line for line in train[: train.index(steps[0])] if not line.startswith("prepared")]
+    model = next(i for i, line in enumerate(train) if line.startswith("mfa_kr: "))
     best = next(i for i, line in enumerate(train) if "best validation loss" in line)
-    lines = [f"$ {TRAIN}", *before, steps[0], "...", *steps[-2:], *train[best : best + 2]]
-    lines += ["", f"$ {SAMPLE}", *sample[:12], "..."]
+    lines = [f"$ {INSTALL}", f"$ {TRAIN}", *train[model : model + 3]]
+    lines += [steps[0], "...", *steps[-2:], train[best + 1]]
+    lines += [f"$ {SAMPLE}", *sample[2:10], "..."]
     return "\n".join(lines) + "\n"
 
 

@@ -181,19 +181,15 @@ def table(folder: Path = RESULTS) -> str:
 
 def conditions(found: list[Arm], decode: dict) -> list[str]:
     """Under which conditions the columns hold, a line each."""
-    lines = [
-        "d is the width of a head of MHA, which has 8 of 64 here, C that of MFA's latent. The "
-        "cache is a share of MHA's."
-    ]
+    lines = []
     if found:
-        seeds = "± is the standard deviation over three seeds, a number without it is one seed"
-        study = f"validation, {setting(found[0].rows[0])}"
-        lines.append(f"Perplexity: {study}, all of MHA's size; {seeds}.")
+        study = f"validation, {setting(found[0].rows[0])}; ± over three seeds, else one seed"
+        heads = "MHA has 8 heads of d = 64, C is the width of MFA's latent"
+        lines.append(f"Perplexity: {study}. The cache is a share of MHA's. {heads}.")
     if decode["rows"]:
-        shape = "of random weights at the paper's 1B shape, the same attention and share"
-        cell = f"batch {BATCH}, context {CONTEXT:,}, one {decode['device']}"
-        plain = "without qk_norm and with all dimensions rotated"
-        lines.append(f"Tokens/s: {shape}, {plain}; {cell}; – was not measured.")
+        shape = "the paper's 1B shape, the same attention and share, but all rotated and no norm"
+        cell = f"random weights, batch {BATCH}, context {CONTEXT:,}, one {decode['device']}"
+        lines.append(f"Tokens/s: {shape}; {cell}.")
     return lines
 
 
@@ -218,10 +214,11 @@ def advice(folder: Path = RESULTS) -> str:
             "a sixteenth",
             "**MFA-KR**, inverse",
             "mfa_kr_half_norm",
-            "As good as MQA with an eighth. The paper's form, without these flags, is worse.",
+            "As good as MQA with an eighth. The paper's form, without the flags, is worse.",
         ),
     ]
-    lines = ["| your cache, of MHA's | take | with | perplexity | |", "|---|---|---|---:|---|"]
+    head = "| your cache, of MHA's | take | with | perplexity (30M, Muon, one seed) | |"
+    lines = [head, "|---|---|---|---:|---|"]
     for budget, take, arm, why in rows:
         how = flags(STUDIES["modern"][arm])
         lines.append(f"| {budget} | {take} | {how} | {measured.ppl(arm)} | {why} |")
@@ -230,7 +227,7 @@ def advice(folder: Path = RESULTS) -> str:
 
 def quick_start() -> str:
     """What docs/quick_start.py has kept, as a block of text."""
-    return f"```text\n{(HERE / 'quick_start.txt').read_text(encoding='utf-8').strip()}\n```"
+    return f"```console\n{(HERE / 'quick_start.txt').read_text(encoding='utf-8').strip()}\n```"
 
 
 def with_table(readme: str, folder: Path = RESULTS) -> str:

@@ -302,7 +302,7 @@ def test_a_broken_results_file_is_named(tmp_path, name):
 
 
 def test_a_readme_without_markers_is_refused():
-    with pytest.raises(BadInput, match="<!-- results -->"):
+    with pytest.raises(BadInput, match="<!-- quick_start -->"):
         figures.with_table("# A title\n")
 
 

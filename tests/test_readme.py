@@ -28,9 +28,7 @@ RUN = {
     "python train.py --attn mfa_kr": (QUICK, "6.25% of MHA's"),
     'python sample.py --prompt "ROMEO:"': ("--max_new_tokens 20", "out/tiny-mfa_kr/best.pt: mfa_kr, step 2"),
     "python train.py --attn mha": (QUICK, "100.00% of MHA's"),
-    "python train.py --attn mfa --resume": (QUICK, "12.50% of MHA's"),
     "python train.py --file my_notes.txt --tokenizer byte --out out/notes": (QUICK, "text: file-my_notes-byte"),
-    "python train.py --preset baby --dataset tinyshakespeare": (f"{QUICK} --n_layer 1", "in out/baby-mfa: best.pt"),
     "python train.py --plugin examples/my_attention.py --attn tied2": (QUICK, "in out/tiny-tied2: best.pt"),
     "python experiments/paper.py": ("", "Table 8"),
     "torchrun --nproc_per_node=8 train.py --preset small --tokenizer gpt2 --dataset wikitext-2 --grad_accum 2 --resume": (
@@ -39,14 +37,12 @@ RUN = {
     ),
     "python experiments/study/plot.py": ("", "experiments/RESULTS.md: "),
     "python experiments/study/run.py --study all --dry_run": ("", "still to make: "),
-    "python prepare_data.py --dataset python --tokenizer bpe": ("", "vocabulary: 8,192 tokens"),
     "python notebooks/build.py 04": ("", "04_mfa_solutions.ipynb: "),
     "python notebooks/build.py --check": ("", ""),
 }
 # What stands in a command that is run, and what is run instead.
 INSTEAD = {
-    "--dataset tinyshakespeare": "--dataset shakespeare",  # that is a download, this is embedded
-    "--tokenizer gpt2 --dataset wikitext-2": "--tokenizer byte --dataset shakespeare",  # so is all of that
+    "--tokenizer gpt2 --dataset wikitext-2": "--tokenizer byte --dataset shakespeare",  # those are downloads
     "--nproc_per_node=8": "--nproc_per_node=2 --standalone",  # two processes on a CPU (gloo), at a port that is free
 }
 NOT_RUN = {
@@ -81,6 +77,8 @@ def commands(markdown: str) -> list[str]:
     for token in tokens:
         if token.type in ("code_block", "fence") and token.info in ("", "bash"):
             lines += token.content.splitlines()
+        if token.type == "fence" and token.info == "console":  # what is typed, and what it prints
+            lines += [line[2:] for line in token.content.splitlines() if line.startswith("$ ")]
         spans = [child.content for child in token.children or [] if child.type == "code_inline"]
         lines += [span for span in spans if re.match(r"(python3?|pip|uvx?|torchrun|git|bash|curl) ", span)]
     parts = [part for line in lines for part in re.sub(r"(^|\s)#.*", "", line).split("&&")]
@@ -99,8 +97,8 @@ def as_run(command: str) -> str:
 
 
 def test_what_a_command_is():
-    markdown = "a\n\n    pip install x && python y.py  # why\n    # no\n\n```\nz --n=1\n```\n```python\nno\n```\n`uv run y.py` makes `y.py`\n\n- b\n\n      c d\n"
-    assert commands(markdown) == ["pip install x", "python y.py", "z --n=1", "uv run y.py", "c d"]
+    markdown = "a\n\n    pip install x && python y.py  # why\n    # no\n\n```\nz --n=1\n```\n```python\nno\n```\n```console\n$ w\nno\n```\n`uv run y.py` makes `y.py`\n\n- b\n\n      c d\n"
+    assert commands(markdown) == ["pip install x", "python y.py", "z --n=1", "w", "uv run y.py", "c d"]
 
 
 def test_every_command_is_run_in_its_order_or_has_a_reason():
@@ -123,22 +121,14 @@ def test_the_python_of_the_readme_runs(block):
         assert done.stdout.split() == [says]
 
 
-def test_the_attention_of_the_readme_is_the_example():
-    example = (ROOT / "examples" / "my_attention.py").read_text(encoding="utf-8")
-    blocks = [block for block in PYTHON if "class " in block]
-    classes = [re.search(r"^class .*?(?=^\S(?<!class)|\Z)", block, re.MULTILINE | re.DOTALL)[0].strip() for block in blocks]
-    assert len(classes) == 1 and classes[0] in example
-
-
 def test_the_quick_start_is_what_its_commands_print(ran):
     """What does not depend on the machine or the number of steps: the lines of what is trained."""
     shown = (ROOT / "docs" / "quick_start.txt").read_text(encoding="utf-8").splitlines()
     commands = [line.removeprefix("$ ") for line in shown if line.startswith("$ ")]
-    assert commands == list(RUN)[:2]
-    printed = ran[commands[0]].stdout.splitlines()
-    before = shown[1 : next(i for i, line in enumerate(shown) if line.startswith(("run: ", "step ")))]
-    assert len(before) >= 4 and set(before) <= set(printed)
-    assert shown[shown.index(f"$ {commands[1]}") + 1].startswith("out/tiny-mfa_kr/best.pt: mfa_kr, step ")
+    assert commands == ["pip install -e .", *list(RUN)[:2]]
+    before = shown[2 : next(i for i, line in enumerate(shown) if line.startswith("step "))]
+    assert len(before) == 3 and set(before) <= set(ran[commands[1]].stdout.splitlines())
+    assert shown[shown.index(f"$ {commands[2]}") + 1] == "ROMEO:"
 
 
 def follow(commands: list[str], place: Path) -> dict[str, subprocess.CompletedProcess]:
