@@ -54,7 +54,7 @@ MODELS = [
     Model("MFA", "mfa", "mfa"),
     Model("MFA, wider query", "mfa_half", "mfa_half"),
     Model("MQA", "mqa", "mqa"),
-    Model("MFA-KR, inverse", "mfa_kr_half_norm", None),
+    Model("MFA-KR, newer form", "mfa_kr_half_norm", None),
     Model("MFA-KR, as in the paper", "mfa_kr", "mfa_kr"),
 ]
 
@@ -164,7 +164,7 @@ def flags(planned: Planned) -> str:
 def table(folder: Path = RESULTS) -> str:
     """The README's results, one model a row, with the conditions below them, in Markdown."""
     measured = Measured(folder)
-    head = ["", "flags of `train.py`", "cache", "perplexity, Muon", "perplexity, AdamW", "tokens/s"]
+    head = ["", "flags of `train.py`", "cache", "perplexity, Muon", "perplexity, AdamW", "tokens/s, 1B"]
     lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|"]
     found = []
     for model in MODELS:
@@ -187,7 +187,7 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
         heads = "MHA has 8 heads of d = 64, C is the width of MFA's latent"
         lines.append(f"Perplexity: {study}. The cache is a share of MHA's. {heads}.")
     if decode["rows"]:
-        shape = "the paper's 1B shape, the same attention and share, but all rotated and no norm"
+        shape = "the paper's 1B shape, the same attention and share, but all rotated, no norm"
         cell = f"random weights, batch {BATCH}, context {CONTEXT:,}, one {decode['device']}"
         lines.append(f"Tokens/s: {shape}; {cell}.")
     return lines
@@ -212,7 +212,7 @@ def advice(folder: Path = RESULTS) -> str:
         ),
         (
             "a sixteenth",
-            "**MFA-KR**, inverse",
+            "**MFA-KR**, newer form",
             "mfa_kr_half_norm",
             "As good as MQA with an eighth. The paper's form, without the flags, is worse.",
         ),
