@@ -164,7 +164,8 @@ def flags(planned: Planned) -> str:
 def table(folder: Path = RESULTS) -> str:
     """The README's results, one model a row, with the conditions below them, in Markdown."""
     measured = Measured(folder)
-    head = ["", "flags of `train.py`", "cache", "perplexity, Muon", "perplexity, AdamW", "tokens/s, 1B"]
+    head = ["", "flags of `train.py`", "cache"]
+    head += ["perplexity, Muon", "perplexity, AdamW", "tokens/s, 1B"]
     lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|"]
     found = []
     for model in MODELS:
