@@ -12,6 +12,7 @@ from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -25,6 +26,8 @@ DOCS = ROOT / "docs"
 INDEX = DOCS / "index.html"
 sys.path.insert(0, str(DOCS))
 
+import family  # noqa: E402
+import quick_start as start  # noqa: E402
 import results_table as figures  # noqa: E402
 
 from experiments.study import studies  # noqa: E402
@@ -212,6 +215,28 @@ def test_the_flags_of_a_model_are_its_config():
         got = []
         run_command(got.append, Train, words, train.defaults)
         assert {name: getattr(got[0].model, name) for name in model.planned.model} == model.planned.model
+
+
+def test_the_drawing_is_to_scale():
+    """Of the family: a bar a cache, as wide as counts() says, and in words."""
+    cached = {attn: figures.cache_share(preset("paper-1b", attn, **family.OPTIONS.get(attn, {}))) for attn in family.FACTORS}
+    tree = ElementTree.fromstring(family.svg())
+    bars = [tag for tag in tree if tag.get("x") == str(family.CACHE_AT) and tag.tag.endswith("rect")]
+    assert [float(bar.get("width")) for bar in bars] == [
+        pytest.approx(family.BAR * min(share, 1), abs=0.06) for share in cached.values()
+    ]
+    text = ["".join(tag.itertext()) for tag in tree]
+    assert "4,096 numbers" in text and "512 numbers, 1/8 of MHA's" in text and "256 numbers, 1/16 of MHA's" in text
+
+
+def test_the_quick_start_keeps_ten_lines_of_each():
+    train = ["prepared x", "mfa_kr: small", "parameters", "cache", "text", "step 1", "step 2", "step 3", "step 3 val"]
+    train += ["", "a sample", "mfa_kr: best validation loss 1", "minutes"]
+    text = start.shortened(train, ["out", "", *(f"line {i}" for i in range(20))]).splitlines()
+    assert text[2:10] == ["mfa_kr: small", "parameters", "cache", "step 1", "...", "step 3", "step 3 val", "minutes"]
+    assert text[11:] == [*(f"line {i}" for i in range(8)), "..."]
+    shown = (DOCS / "quick_start.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in shown if line.startswith("$ ")] == [f"$ {c}" for c in (start.INSTALL, start.TRAIN, start.SAMPLE)]
 
 
 def run(arm, seed, ppl, share, times=1, study="figure1"):

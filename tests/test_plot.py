@@ -91,9 +91,24 @@ def test_the_page_shows_the_committed_results(tmp_path):
 
 def test_a_number_typed_into_a_generated_part_does_not_stay(tmp_path):
     text = PAGE.read_text(encoding="utf-8")
-    for name in (*plot.PARTS, "copying", "rounding", "decode", "training"):
+    for name in (*plot.PARTS, "copying", "rounding", "shapes", "decode", "training"):
         head, tail = around(text, name)
         assert fill(f"{head}\n1.05\n{tail}", {name: text[len(head) : -len(tail)].strip()}) == text
+
+
+def test_the_shapes_are_counted_and_timed_as_one_model():
+    def speed(attn, tokens_per_s, mode="", **other):
+        size = 32 * 16384 * plot.cache_bytes(plot.preset("paper-1b", attn))
+        row = dict(model="paper-1b", attn=attn, mode=mode, engine="ours", batch=32, context=16384)
+        return row | dict(ms=1 / tokens_per_s, tokens_per_s=tokens_per_s, counts_bytes=size) | other
+
+    rows = [speed("mha", 1000.0), speed("mfa_kr", 7000.0, "pre"), speed("mfa_kr", 8000.0, "post")]
+    rows += [speed("mla", 9e9, "joint", counts_bytes=1)]  # of another size than the table's
+    lines = [line.split(" | ") for line in plot.shapes_part(dict(rows=rows)).splitlines()]
+    cells = {name.removeprefix("| "): rest[3:] for name, *rest in lines}
+    assert cells["MHA"] == ["163,840", "100%", "336M", "1,000 |"]
+    assert cells["MFA-KR"] == ["10,240", "6.25%", "187M", "pre 7,000, post 8,000 |"]
+    assert cells["MLA, DeepSeek-V2-Lite's"][1:] == ["14.06%", "275M", "not measured |"]
 
 
 def test_what_the_findings_say_is_in_the_results():

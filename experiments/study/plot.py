@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from experiments.bench import decoding
 from experiments.bench import training as training_bench
 from experiments.paper.hybrids import HYBRIDS, measured_cache_bytes
+from experiments.paper.tables import FIGURE1_MLA
 from experiments.probes import copying, rounding
 from experiments.study.studies import (
     FIGURE1,
@@ -50,7 +51,7 @@ from experiments.study.studies import (
     run_for,
     untrained,
 )
-from mfa import cache_bytes
+from mfa import ATTENTION, cache_bytes, preset
 from support.cli import BadInput, run_command
 from support.files import write_atomically
 from support.generated import fill
@@ -597,6 +598,50 @@ def rounding_part(rows: dict[tuple[str, float, str], dict]) -> str:
     return table(head, body) + "\n\n" + origin_of(rows.values())
 
 
+class Shape(NamedTuple):
+    """An attention at the paper's 1B shape."""
+
+    name: str
+    attn: str
+    W: str
+    U: str
+    cached: str  # per token and layer
+    options: dict = {}  # of Config, beside the preset's
+
+
+SHAPES = [
+    Shape("MHA", "mha", "Q_c K_c^T", "V_c O_c^T", "2 n d"),
+    Shape("GQA, g = 4", "gqa", "Q_c K_g^T", "V_g O_c^T", "2 g d", dict(n_kv_head=4)),
+    Shape("MQA", "mqa", "Q_c K^T", "V O_c^T", "2 d"),
+    Shape("MLA, DeepSeek-V2-Lite's", "mla", "Q_c K_c^T S^T", "S V_c O_c^T", "C + d_r", FIGURE1_MLA),
+    Shape("MFA", "mfa", "S_q Q_c S_k^T", "S_v O_c^T", "2 C"),
+    Shape("MFA-KR", "mfa_kr", "S_q Q_c S_k^T", "S_k (I + N^T diag(alpha)) O_c^T", "C"),
+]
+SPEED_AT = dict(batch=32, context=16384)
+
+
+def shapes_part(decode: dict) -> str:
+    """Factors, cache, parameters and speed of each attention, all of one model: paper-1b."""
+    mha = cache_bytes(preset("paper-1b", "mha"))
+    body = []
+    for shape in SHAPES:
+        cfg = preset("paper-1b", shape.attn, **shape.options)
+        size, params = cache_bytes(cfg), cfg.n_layer * ATTENTION[shape.attn].counts(cfg).params
+        wanted = dict(model="paper-1b", attn=shape.attn, engine="ours", **SPEED_AT)
+        modes = dict.fromkeys(r["mode"] for r in decode["rows"] if r["attn"] == shape.attn)
+        rates = {}
+        for mode in modes:
+            row = decoding.quickest(decode["rows"], mode=mode, **wanted)
+            if row and row["counts_bytes"] == size * SPEED_AT["batch"] * SPEED_AT["context"]:
+                rates[mode] = f"{row['tokens_per_s']:,.0f}"
+        speed = ", ".join(f"{mode} {rate}" for mode, rate in rates.items())
+        speed = [*rates.values()][0] if len(rates) == 1 else speed or "not measured"
+        counts = [f"{size:,}", f"{100 * size / mha:.4g}%", f"{params / 1e6:,.0f}M", speed]
+        body.append([shape.name, shape.W, shape.U, shape.cached, *counts])
+    head = ["", "W_c", "U_c", "cached per token and layer", "bytes per token", "of MHA's"]
+    return table([*head, "attention parameters", "tokens/s"], body)
+
+
 # --------------------------------------------------------------------------------------------------
 # The plots
 
@@ -857,6 +902,7 @@ def main(args: Args) -> None:
     if rows := rounding.read(args.results.with_name(rounding.RESULTS.name)):
         parts["rounding"] = rounding_part(rows)
     if decode := read_json(args.results.with_name("decode.json")):
+        parts["shapes"] = shapes_part(decode)
         parts["decode"] = decoding.grid_tables(decode)
         plots |= decoding.plots(decode)
     if train := read_json(args.results.with_name("train.json")):
