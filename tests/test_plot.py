@@ -134,6 +134,10 @@ def test_what_the_findings_say_is_in_the_results():
     assert reused == sorted(reused) and f"(`pre`) are best, {reused[0]:.1f}" in text and f"clearly worse, {reused[2]:.1f}" in text
     gate, plain = ppl("table4", "gated"), ppl("table4", "vanilla")
     assert f"plain reuse of the key, {gate:.1f} against {plain:.1f}" in text
+    plain, wide, factored = (ppl("table3", arm) for arm in ("plain", "wide", "factored"))
+    assert f"better by {plain - wide:.1f}, as in" in text and round((plain - wide) / (plain - factored)) == 5
+    one, restored = ppl("table6", "single_value"), ppl("table6", "compressed_value")
+    assert f"for the value ({one:.1f} against {restored:.1f})" in text
     low, high = (ppl("figure1", "mfa_kr", factor) for factor in (studies.GRID[0], studies.GRID[2]))
     assert f"MFA-KR gains {low - high:.1f} from 1e-3 to 2e-3" in text
     for study in ("table3", "table4", "table5", "table6"):
