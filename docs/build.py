@@ -1,4 +1,6 @@
-"""Make the page and the README's table: python docs/build.py (needs pip install -e ".[dev]")
+"""Make the page, and the README's tables and drawing: python docs/build.py
+
+Needs pip install -e ".[dev]".
 
 docs/index.html is one file that needs no network: the text of docs/walkthrough.md, its formulas as
 MathML, the pictures of the executed notebooks, docs/page.css, docs/calculator.js, and the figures
@@ -18,6 +20,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import family as drawing
 import results_table as figures
 import torch
 from latex2mathml.converter import convert
@@ -44,15 +47,7 @@ def tex(source: str, block: bool = False) -> str:
 # --------------------------------------------------------------------------------------------------
 # Blocks of the page
 
-# The factors of W_c and U_c, each with its rows and columns; * marks what all heads share.
-FAMILY = {
-    "fpba": ("W_c H H", "U_c H H"),
-    "mha": ("Q_c H d, K_c^T d H", "V_c H d, O_c^T d H"),
-    "mqa": ("Q_c H d, *K^T d H", "*V H d, O_c^T d H"),
-    "mla": ("*S_q H C, Q_c C d, K_c^T d C, *S_k^T C H", "*S_v H C, V_c C d, O_c^T d H"),
-    "mfa": ("*S_q H C, Q_c C C, *S_k^T C H", "*S_v H C, O_c^T C H"),
-    "mfa_kr": ("*S_q H C, Q_c C C, *S_k^T C H", "*S_k H C, *M C C, O_c^T C H"),
-}
+FAMILY = {attn: factors for attn, factors in drawing.FACTORS.items() if attn != "gqa"}
 
 
 def family() -> str:
@@ -174,7 +169,7 @@ def perplexity(folder: Path) -> str:
     return f'<ul class="bars wide">{"".join(lines)}</ul><p class="note">{note}</p>'
 
 
-ORDER = [row.attn for row in figures.ROWS]
+ORDER = figures.ORDER
 
 
 def mode_name(attn: str, mode: str) -> str:
@@ -496,13 +491,14 @@ def built() -> dict[Path, str]:
     readme = ROOT / "README.md"
     return {
         HERE / "index.html": page(),
+        HERE / "family.svg": drawing.svg(),
         readme: figures.with_table(readme.read_text(encoding="utf-8")),
     }
 
 
 @dataclass
 class Args:
-    """Make docs/index.html and the table in README.md."""
+    """Make docs/index.html, docs/family.svg and the tables in README.md."""
 
     check: bool = False
     """Write nothing; fail where a file is not what would be written."""

@@ -1,26 +1,28 @@
-"""The figures of the README's table and of the page: counted by mfa.py, measured by experiments/.
+"""The README's tables and the page's figures: counted by mfa.py, measured by experiments/.
 
 What is measured is read from experiments/results/study.jsonl (quality) and decode.json (speed); a
 figure that is not there is "not measured". No figure is typed here. `python docs/build.py` writes
-the table into README.md.
+the tables into README.md.
 """
 
+import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from mfa import ATTENTION, Config, cache_bytes, preset
+from mfa import Config, cache_bytes, preset
 from support.generated import around, fill
 from support.provenance import read_json
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 sys.path.append(str(ROOT))
 
-from experiments.bench import training as training_bench  # noqa: E402
 from experiments.bench.decoding import quickest  # noqa: E402
-from experiments.paper.tables import FIGURE1_MLA  # noqa: E402
+from experiments.paper.tables import FIGURE1_MLA  # noqa: E402, F401 (the page asks for it)
 from experiments.study.plot import Results, outcome  # noqa: E402
 from experiments.study.studies import STUDIES, read_results, untrained  # noqa: E402
+from experiments.study.studies import Arm as Planned  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
 MISSING = "not measured"
@@ -29,26 +31,31 @@ BATCH, CONTEXT = 32, 16384  # of the speeds
 between = around  # (head, tail) of a README around one of its tables
 
 
-class Row(NamedTuple):
-    label: str
-    attn: str
-    options: dict  # of Config, beside the preset's
-    W: str
-    U: str
-    cached: str  # per token and layer
+ORDER = ["mha", "gqa", "mqa", "mla", "mfa", "mfa_kr"]  # of the page's bars
+
+
+class Model(NamedTuple):
+    """A row of the README: a model, and the arms of the two recipes that trained it."""
+
+    name: str
+    muon: str | None  # of study "modern"
+    adamw: str | None  # of study "figure1"
 
     @property
-    def cfg(self) -> Config:
-        return preset(PRESET, self.attn, **self.options)
+    def planned(self) -> Planned:
+        return STUDIES["modern"][self.muon] if self.muon else STUDIES["figure1"][self.adamw]
 
 
-ROWS = [
-    Row("MHA", "mha", {}, "Q_c K_c^T", "V_c O_c^T", "2 n d"),
-    Row("GQA, g = 4", "gqa", dict(n_kv_head=4), "Q_c K_g^T", "V_g O_c^T", "2 g d"),
-    Row("MQA", "mqa", {}, "Q_c K^T", "V O_c^T", "2 d"),
-    Row("MLA, DeepSeek-V2-Lite's", "mla", FIGURE1_MLA, "Q_c K_c^T S^T", "S V_c O_c^T", "C + d_r"),
-    Row("**MFA**", "mfa", {}, "S_q Q_c S_k^T", "S_v O_c^T", "2 C"),
-    Row("**MFA-KR**", "mfa_kr", {}, "S_q Q_c S_k^T", "S_k (I + N^T diag(alpha)) O_c^T", "C"),
+MODELS = [
+    Model("MHA", "mha", "mha"),
+    Model("GQA", "gqa2", "gqa2"),
+    Model("MFA, C = 2 d", None, "mfa_2d"),
+    Model("MLA, joint latent", "mla_joint", "mla_joint"),
+    Model("MFA", "mfa", "mfa"),
+    Model("MFA, wider query", "mfa_half", "mfa_half"),
+    Model("MQA", "mqa", "mqa"),
+    Model("MFA-KR, newer form", "mfa_kr_half_norm", None),
+    Model("MFA-KR, as in the paper", "mfa_kr", "mfa_kr"),
 ]
 
 
@@ -99,14 +106,6 @@ def setting(row: dict) -> str:
     return f"{row['dataset']}, {size}"
 
 
-def nearest(found: list[Arm], row: Row) -> Arm | None:
-    """The arm of a row's attention, in its form, whose share of MHA's cache is nearest to it."""
-    names = ("attn", "joint_kv", "compress_query", "q_rank")
-    form = [getattr(row.cfg, name) for name in names]
-    same = [arm for arm in found if [arm.rows[0]["config"][name] for name in names] == form]
-    return min(same, key=lambda arm: abs(arm.share - cache_share(row.cfg)), default=None)
-
-
 def speeds(decode: dict, attn: str) -> dict[str, dict]:
     """The quickest measured row of an attention by mode, "" where there is one.
 
@@ -119,72 +118,120 @@ def speeds(decode: dict, attn: str) -> dict[str, dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The README's table
+# The README's tables
+
+
+class Measured:
+    """What the results say of MODELS."""
+
+    def __init__(self, folder: Path = RESULTS):
+        self.results = Results(read_results(folder / "study.jsonl"))
+        self.decode = read_decode(folder)
+
+    def arm(self, study: str, arm: str | None) -> Arm | None:
+        """What an arm reached; None if it was not made."""
+        rows = self.results.of(study, arm) if arm else []
+        return Arm(STUDIES[study][arm].name, rows) if rows else None
+
+    def arms(self, model: Model) -> tuple[Arm | None, Arm | None]:
+        """By Muon and by AdamW."""
+        return self.arm("modern", model.muon), self.arm("figure1", model.adamw)
+
+    def ppl(self, muon: str) -> str:
+        arm = self.arm("modern", muon)
+        return f"{statistics.mean(arm.ppl):.1f}" if arm and arm.ppl else MISSING
+
+    def speed(self, arm: Arm) -> str:
+        """Tokens/s at PRESET's shape, where a model of this attention and share was measured."""
+        config = arm.rows[0]["config"]
+        if config["q_rank"]:
+            return "–"
+        mode = config["key_reuse_rope"] if config["attn"] == "mfa_kr" else ""
+        row = speeds(self.decode, config["attn"]).get(mode)
+        whole = cache_bytes(preset(PRESET, "mha")) * BATCH * CONTEXT
+        same = row and row["counts_bytes"] == arm.share * whole
+        return f"{row['tokens_per_s']:,.0f}" if same else "–"
+
+
+def flags(planned: Planned) -> str:
+    """What train.py takes for it."""
+    words = []
+    for name, value in planned.model.items():
+        words.append(f"--{name}" if value is True else f"--{name} {value}")
+    return f"`{' '.join(words)}`"
 
 
 def table(folder: Path = RESULTS) -> str:
-    """The README's table, with the conditions below it, in Markdown."""
-    found, decode = arms("figure1", folder), read_decode(folder)
-    head = ["W_c", "U_c", "kept per token and layer", "bytes per token", "attention parameters"]
-    head += ["perplexity", "tokens/s"]
-    lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    lines += [f"| {' | '.join(cells(row, found, decode))} |" for row in ROWS]
-    return "\n".join([*lines, "", *conditions(found, decode)])
-
-
-def cells(row: Row, found: list[Arm], decode: dict) -> list[str]:
-    cfg, arm = row.cfg, nearest(found, row)
-    size = f"{cache_bytes(cfg):,} ({100 * cache_share(cfg):.4g}%)"
-    params = cfg.n_layer * ATTENTION[row.attn].counts(cfg).params
-    quality = f"{arm} (at {100 * arm.share:.4g}%)" if arm else MISSING
-    # A speed counts where it is this row's: MLA comes in several sizes.
-    whole = cache_bytes(cfg) * BATCH * CONTEXT
-    rates = {
-        mode: f"{measured['tokens_per_s']:,.0f}"
-        for mode, measured in speeds(decode, row.attn).items()
-        if measured["counts_bytes"] == whole
-    }
-    if len(rates) > 1:
-        rates = {mode: f"{mode} {rate}" for mode, rate in rates.items()}
-    speed = ", ".join(rates.values()) or MISSING
-    return [row.label, row.W, row.U, row.cached, size, f"{params / 1e6:,.0f}M", quality, speed]
+    """The README's results, one model a row, with the conditions below them, in Markdown."""
+    measured = Measured(folder)
+    head = ["", "flags of `train.py`", "cache"]
+    head += ["perplexity, Muon", "perplexity, AdamW", "tokens/s, 1B"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|"]
+    found = []
+    for model in MODELS:
+        arms = measured.arms(model)
+        made = [arm for arm in arms if arm]
+        found += made
+        cells = [str(arm) if arm else "–" for arm in arms]
+        size = f"{100 * made[0].share:.4g}%" if made else MISSING
+        speed = measured.speed(made[0]) if made else MISSING
+        words = [model.name, flags(model.planned), size, *cells, speed]
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join([*lines, "", *conditions(found, measured.decode)])
 
 
 def conditions(found: list[Arm], decode: dict) -> list[str]:
     """Under which conditions the columns hold, a line each."""
-    cfg = preset(PRESET)
-    shape = f"the paper's 1B shape, {cfg.n_layer} layers of width {cfg.dim:,}"
-    lines = [
-        "n heads of width d, g key/value heads, latent width C, rotary key d_r; W_c and U_c stand "
-        "in the equation above.",
-        f"Bytes (16 bits; share of MHA's) and parameters, of all layers: counted at {shape}.",
-    ]
+    lines = []
     if found:
-        counts = sorted({len(arm.rows) for arm in found})
-        several = " or ".join(str(n) for n in counts if n > 1)
-        spread = "one seed, so far"
-        if several:
-            spread = f"± is the standard deviation over {several} seeds"
-            spread += ", a number without it is one seed" if counts[0] == 1 else ""
-        where = "in brackets the share of MHA's cache in that study"
-        study = f"validation, {setting(found[0].rows[0])}"
-        lines.append(f"Perplexity: {study}; {where}; {spread}.")
+        study = f"validation, {setting(found[0].rows[0])}; ± over three seeds, else one seed"
+        heads = "MHA has 8 heads of d = 64, C is the width of MFA's latent"
+        lines.append(f"Perplexity: {study}. The cache is a share of MHA's. {heads}.")
     if decode["rows"]:
-        shape = "the 1B shape, FFN not matched, random weights"
-        cell = f"batch {BATCH}, context {CONTEXT:,}, on one {decode['device']}"
-        lines.append(f"Tokens/s: {shape}, {cell}.")
+        shape = "the paper's 1B shape, the same attention and share, but all rotated, no norm"
+        cell = f"random weights, batch {BATCH}, context {CONTEXT:,}, one {decode['device']}"
+        lines.append(f"Tokens/s: {shape}; {cell}.")
     return lines
 
 
-def training(folder: Path = RESULTS) -> str:
-    """What experiments/bench/training.py has measured, in Markdown."""
-    path = folder / "train.json"
-    if not path.exists():
-        return "Training speed: not measured yet."
-    # README has single seeds in words.
-    return training_bench.table(read_json(path), least_seeds=2).strip()
+def advice(folder: Path = RESULTS) -> str:
+    """Which attention for which cache. tests/test_docs.py holds the sentences to the results."""
+    measured = Measured(folder)
+    rows = [
+        ("all of it", "MHA", "mha", "Nothing here is better, whatever its cache."),
+        (
+            "a quarter",
+            "GQA, 2 of 8 heads",
+            "gqa2",
+            "Only if your server runs nothing else: MFA is better with half of it.",
+        ),
+        (
+            "an eighth",
+            "**MFA**",
+            "mfa",
+            "Better than MQA. MLA with a little more cache is as good, and decodes more slowly.",
+        ),
+        (
+            "a sixteenth",
+            "**MFA-KR**, newer form",
+            "mfa_kr_half_norm",
+            "As good as MQA with an eighth. The paper's form, without the flags, is worse.",
+        ),
+    ]
+    head = "| your cache, of MHA's | take | with | perplexity (30M, Muon, one seed) | |"
+    lines = [head, "|---|---|---|---:|---|"]
+    for budget, take, arm, why in rows:
+        how = flags(STUDIES["modern"][arm])
+        lines.append(f"| {budget} | {take} | {how} | {measured.ppl(arm)} | {why} |")
+    return "\n".join(lines)
+
+
+def quick_start() -> str:
+    """What docs/quick_start.py has kept, as a block of text."""
+    return f"```console\n{(HERE / 'quick_start.txt').read_text(encoding='utf-8').strip()}\n```"
 
 
 def with_table(readme: str, folder: Path = RESULTS) -> str:
-    """The README with its tables made anew."""
-    return fill(readme, {"results": table(folder), "training": training(folder)})
+    """The README with its generated parts made anew."""
+    parts = dict(quick_start=quick_start(), advice=advice(folder), results=table(folder))
+    return fill(readme, parts)

@@ -1,9 +1,10 @@
-"""docs/: the page is in step with its source, complete, and right in a browser; the README's table is the script's; links."""
+"""docs/: the page is in step with its source, complete, and right in a browser; the README's tables are the script's; links."""
 
 import importlib.util
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,17 +12,22 @@ from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+import train
 from mfa import ATTENTION, PRESETS, Config, preset
-from support.cli import BadInput
+from support.cli import BadInput, run_command
+from train import Train
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 INDEX = DOCS / "index.html"
 sys.path.insert(0, str(DOCS))
 
+import family  # noqa: E402
+import quick_start as start  # noqa: E402
 import results_table as figures  # noqa: E402
 
 from experiments.study import studies  # noqa: E402
@@ -59,7 +65,7 @@ def test_check_names_what_is_out_of_date_and_writes_nothing(build, monkeypatch):
 def test_a_figure_typed_into_a_made_block_is_out_of_date():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert figures.with_table(readme) == readme
-    for name in ("results", "training"):
+    for name in ("quick_start", "advice", "results"):
         head, tail = figures.between(readme, name)
         assert figures.with_table(f"{head}\n1.05\n{tail}") == readme
 
@@ -144,7 +150,7 @@ def markdown_links(text: str) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/walkthrough.md", "notebooks/README.md", "experiments/README.md", "data/README.md"]
+    "name", ["README.md", "docs/walkthrough.md", "notebooks/README.md", "experiments/README.md", "experiments/RESULTS.md", "data/README.md"]
 )
 def test_every_relative_link_resolves(name):
     path = ROOT / name
@@ -169,28 +175,74 @@ def test_a_broken_link_is_found():
 # The README's table, and what the results files bring
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
-
-
-def test_what_is_typed_beside_the_figure_and_of_the_kills_is_in_the_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_what_is_typed_of_decoding_and_of_the_kills_is_in_the_results():
+    text = " ".join((ROOT / "experiments" / "README.md").read_text(encoding="utf-8").split())
     decode = figures.read_decode()
     largest = [row for row in decode["largest_batch"] if row["context"] == figures.CONTEXT and "batch" in row]
     mha, mfa, reused = (max(row["batch"] for row in largest if row["attn"] == attn) for attn in ("mha", "mfa", "mfa_kr"))
-    assert f"MHA {mha} sequences of 16k tokens, MFA {mfa}, MFA-KR {reused}](experiments/results/decode_largest.png)" in readme
-    mha, gqa, mfa = (figures.speeds(decode, attn)[""]["tokens_per_s"] for attn in ("mha", "gqa", "mfa"))
+    assert f"{reused} of 16k tokens with MFA-KR, {mfa} with MFA and {mha} with MHA" in text
+    mha, mfa = (figures.speeds(decode, attn)[""]["tokens_per_s"] for attn in ("mha", "mfa"))
+    reused = max(row["tokens_per_s"] for row in figures.speeds(decode, "mfa_kr").values())
     llama = next(row for row in decode["rows"] if (row["engine"], row["attn"]) == ("transformers", "gqa"))["tokens_per_s"]
-    assert f"makes {mfa / mha:.1f} times MHA's tokens/s and {mfa / gqa:.1f} times our GQA's" in readme
-    assert f"({mfa / llama:.0f} times those of transformers' Llama with" in readme
+    assert f"MFA decodes {mfa / mha:.1f} times as fast as MHA" in text
+    assert f"MFA-KR makes {reused / mha:.1f} times as many tokens/s" in text
+    assert f"decodes {mfa / llama:.0f} times slower than MFA" in text
     killed = json.loads((figures.RESULTS / "kill_test.json").read_text(encoding="utf-8"))
-    assert f"{killed['kills']} SIGKILLs" in readme and not killed["unreadable_files"] and killed["identical_to_uninterrupted"]
+    assert f"{killed['kills']} SIGKILLs" in text and not killed["unreadable_files"] and killed["identical_to_uninterrupted"]
+    small = json.loads((figures.RESULTS / "train.json").read_text(encoding="utf-8"))["small"]["rows"]
+    ours = {name: row["of_nanogpt"] for name, row in small.items()}
+    slower, faster = 1 - ours["ours, mfa"], ours["ours, mha"] - 1
+    assert f"MFA trains {slower:.0%} slower than nanoGPT at 124M, MHA {faster:.0%} faster" in text
 
 
-def run(arm, seed, ppl, share, times=1):
+def test_the_advice_is_what_the_results_say():
+    """Which attention for which cache: the README's sentences, one by one."""
+    measured = figures.Measured()
+    ppl = {arm: float(measured.ppl(arm)) for arm in ("mha", "gqa2", "mla_joint", "mqa", "mfa", "mfa_kr", "mfa_kr_half_norm")}
+    share = {arm: measured.arm("modern", arm).share for arm in ppl}
+    assert [share[arm] for arm in ("mha", "gqa2", "mfa", "mfa_kr_half_norm")] == [1, 1 / 4, 1 / 8, 1 / 16]
+    assert ppl["mha"] == min(ppl.values())  # nothing is better, whatever its cache
+    assert ppl["mfa"] < ppl["gqa2"] and ppl["mfa"] < ppl["mqa"] and share["mqa"] == share["mfa"]
+    assert abs(ppl["mla_joint"] - ppl["mfa"]) < 0.2 and share["mfa"] < share["mla_joint"] < 1.3 * share["mfa"]
+    decode = figures.read_decode()
+    assert figures.speeds(decode, "mla")["joint"]["tokens_per_s"] < figures.speeds(decode, "mfa")[""]["tokens_per_s"]
+    assert abs(ppl["mfa_kr_half_norm"] - ppl["mqa"]) < 0.1 and ppl["mfa_kr_half_norm"] < ppl["mfa_kr"]
+
+
+def test_the_flags_of_a_model_are_its_config():
+    for model in figures.MODELS:
+        words = shlex.split(figures.flags(model.planned).strip("`"))
+        got = []
+        run_command(got.append, Train, words, train.defaults)
+        assert {name: getattr(got[0].model, name) for name in model.planned.model} == model.planned.model
+
+
+def test_the_drawing_is_to_scale():
+    """Of the family: a bar a cache, as wide as counts() says, and in words."""
+    cached = {attn: figures.cache_share(preset("paper-1b", attn, **family.OPTIONS.get(attn, {}))) for attn in family.FACTORS}
+    tree = ElementTree.fromstring(family.svg())
+    bars = [tag for tag in tree if tag.get("x") == str(family.CACHE_AT) and tag.tag.endswith("rect")]
+    assert [float(bar.get("width")) for bar in bars] == [
+        pytest.approx(family.BAR * min(share, 1), abs=0.06) for share in cached.values()
+    ]
+    text = ["".join(tag.itertext()) for tag in tree]
+    assert "4,096 numbers" in text and "512 numbers, 1/8 of MHA's" in text and "256 numbers, 1/16 of MHA's" in text
+
+
+def test_the_quick_start_keeps_ten_lines_of_each():
+    train = ["prepared x", "mfa_kr: small", "parameters", "cache", "text", "step 1", "step 2", "step 3", "step 3 val"]
+    train += ["", "a sample", "mfa_kr: best validation loss 1", "minutes"]
+    text = start.shortened(train, ["out", "", *(f"line {i}" for i in range(20))]).splitlines()
+    assert text[2:10] == ["mfa_kr: small", "parameters", "cache", "step 1", "...", "step 3", "step 3 val", "minutes"]
+    assert text[11:] == [*(f"line {i}" for i in range(8)), "..."]
+    shown = (DOCS / "quick_start.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in shown if line.startswith("$ ")] == [f"$ {c}" for c in (start.INSTALL, start.TRAIN, start.SAMPLE)]
+
+
+def run(arm, seed, ppl, share, times=1, study="figure1"):
     """A line of study.jsonl; ppl None: diverged."""
-    made = studies.run_for("figure1", arm, times, seed)
-    return dict(**studies.row_of(made), study="figure1", arm=arm, attn=made.cfg.attn, dataset="pg-books-bpe8192", cache_share=share, ppl=ppl,
+    made = studies.run_for(study, arm, times, seed)
+    return dict(**studies.row_of(made), study=study, arm=arm, attn=made.cfg.attn, dataset="pg-books-bpe8192", cache_share=share, ppl=ppl,
                 val_loss=ppl and math.log(ppl), params=29.9e6, tokens=65.5e6, device="a GPU", diverged=ppl is None, curve=[])  # fmt: skip
 
 
@@ -210,6 +262,7 @@ def results(tmp_path):
         run("mfa_2d", 0, 39.0, 0.25),
     ]
     runs += [run("mha", 0, 50.0, 1.0), run("mla_separate", 0, 45.0, 0.15)]
+    runs += [run("mha", 0, 49.0, 1.0, study="modern")]
     runs += [run("mfa_kr", 0, 60.0, 0.0625), run("mfa_kr", 1, None, 0.0625)]
     (tmp_path / "study.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs), encoding="utf-8")
     rows = [speed("mha", 1000.0), speed("mfa", 6500.0), speed("mfa", 9e9, batch=1), speed("mfa", 9e9, engine="transformers")]
@@ -235,21 +288,21 @@ def line(table: str, label: str) -> list[str]:
 
 def test_the_table_counts(tmp_path):
     table = figures.table(tmp_path)  # an empty folder: nothing was measured
-    assert line(table, "MHA")[4:] == ["163,840 (100%)", "336M", "not measured", "not measured"]
-    assert line(table, "**MFA-KR**")[4:] == ["10,240 (6.25%)", "187M", "not measured", "not measured"]
-    assert line(table, "MLA, DeepSeek-V2-Lite's")[4] == "23,040 (14.06%)"  # Figure 1's, in design and paper
+    assert line(table, "MHA") == ["MHA", "`--attn mha`", "not measured", "–", "–", "not measured"]
     assert "Perplexity" not in table and "Tokens/s" not in table
+    assert figures.advice(tmp_path).count("not measured") == 4
 
 
 def test_the_table_takes_what_was_measured(results):
     table = figures.table(results)
-    assert line(table, "**MFA**")[6:] == ["42.00 ± 1.41 (at 12.5%)", "6,500"]  # the better rate, the nearer cache
-    assert line(table, "MHA")[6:] == ["50.00 (at 100%)", "1,000"]
-    assert line(table, "**MFA-KR**")[6:] == ["60.00, 1 of 2 did not train (at 6.25%)", "pre 7,000, post 8,000"]
-    assert line(table, "MLA, DeepSeek-V2-Lite's")[6:] == ["not measured", "not measured"]  # the study's had two latents
-    assert line(table, "MQA")[6:] == ["not measured", "not measured"]
+    assert line(table, "MFA")[2:] == ["12.5%", "–", "42.00 ± 1.41", "6,500"]  # at the better rate
+    assert line(table, "MHA")[2:] == ["100%", "49.00", "50.00", "1,000"]
+    assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "60.00, 1 of 2 did not train", "7,000"]
+    assert line(table, "MFA, C = 2 d")[2:] == ["25%", "–", "39.00", "–"]  # no such share was timed
+    assert line(table, "MQA")[2:] == ["not measured", "–", "–", "not measured"]
+    assert "49.0" in figures.advice(results)
     assert (
-        "pg-books-bpe8192, 29.9M parameters, 65.5M tokens a run" in table and "batch 32, context 16,384, on one a GPU" in table
+        "pg-books-bpe8192, 29.9M parameters, 65.5M tokens a run" in table and "batch 32, context 16,384, one a GPU" in table
     )
 
 
@@ -274,7 +327,7 @@ def test_a_broken_results_file_is_named(tmp_path, name):
 
 
 def test_a_readme_without_markers_is_refused():
-    with pytest.raises(BadInput, match="<!-- results -->"):
+    with pytest.raises(BadInput, match="<!-- quick_start -->"):
         figures.with_table("# A title\n")
 
 

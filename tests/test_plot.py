@@ -1,7 +1,9 @@
 """experiments/study/plot.py: its tables say what the results say."""
 
 import math
+import re
 import shutil
+import statistics
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from experiments.study.studies import (
     run_for,
 )
 from support.cli import BadInput
-from support.generated import fill
+from support.generated import around, fill
+
+PAGE = ROOT / "experiments" / "RESULTS.md"
 
 
 def test_cache_of_figure1():
@@ -30,27 +34,27 @@ def test_cache_of_figure1():
 
 
 def test_no_results_do_not_empty_the_tables(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_bytes(before := (studies.RESULTS.parent.parent / "README.md").read_bytes())
+    page = tmp_path / "RESULTS.md"
+    page.write_bytes(before := PAGE.read_bytes())
     (tmp_path / "other.jsonl").write_text("", encoding="utf-8")
     for name, says in (
         ("none.jsonl", "is not there"),
         ("other.jsonl", "has no result on pg-books-bpe8192"),
     ):
         assert (
-            command(plot.main, plot.Args, [f"--results={tmp_path / name}", f"--readme={readme}"])
+            command(plot.main, plot.Args, [f"--results={tmp_path / name}", f"--page={page}"])
             == 2
         )
-        assert says in capsys.readouterr().err and readme.read_bytes() == before
+        assert says in capsys.readouterr().err and page.read_bytes() == before
 
 
 def test_plots_and_tables(smoke):
-    readme = smoke.parents[1] / "README.md"
-    shutil.copy(ROOT / "experiments" / "README.md", readme)
+    page = smoke.parents[1] / "RESULTS.md"
+    shutil.copy(PAGE, page)
     assert (
-        command(plot.main, plot.Args, ["--smoke", f"--results={smoke}", f"--readme={readme}"]) == 0
+        command(plot.main, plot.Args, ["--smoke", f"--results={smoke}", f"--page={page}"]) == 0
     )
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     for name in plot.PLOTS:
         assert (
             smoke.with_name(f"{name}.png").stat().st_size < 200_000
@@ -66,22 +70,79 @@ def test_plots_and_tables(smoke):
     assert f"| {sum(mqa) / 3:.2f} ± {torch.tensor(mqa, dtype=torch.float64).std():.2f} |" in text
 
 
-def test_the_readme_shows_the_committed_results(tmp_path):
+def test_the_page_shows_the_committed_results(tmp_path):
     """python experiments/study/plot.py was run after the last change of results, tables or arms."""
-    readme, results = tmp_path / "README.md", tmp_path / "results" / "study.jsonl"
+    page, results = tmp_path / "RESULTS.md", tmp_path / "results" / "study.jsonl"
     results.parent.mkdir()
-    for name in ("study.jsonl", "decode.json", "copying.jsonl", "rounding.jsonl"):
+    for name in (
+        "study.jsonl",
+        "decode.json",
+        "train.json",
+        "copying.jsonl",
+        "rounding.jsonl",
+    ):
         shutil.copy(studies.RESULTS.with_name(name), results.with_name(name))
-    shutil.copy(ROOT / "experiments" / "README.md", readme)
-    assert command(plot.main, plot.Args, [f"--results={results}", f"--readme={readme}"]) == 0
-    assert readme.read_text(encoding="utf-8") == (ROOT / "experiments" / "README.md").read_text(
-        encoding="utf-8"
-    )
-    for name in plot.PLOTS:
-        assert (
-            results.with_name(f"{name}.png").exists()
-            == studies.RESULTS.with_name(f"{name}.png").exists()
-        )
+    shutil.copy(PAGE, page)
+    assert command(plot.main, plot.Args, [f"--results={results}", f"--page={page}"]) == 0
+    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+    drawn = {path.name for path in results.parent.glob("*.png")}
+    assert drawn == {path.name for path in studies.RESULTS.parent.glob("*.png")}
+
+
+def test_a_number_typed_into_a_generated_part_does_not_stay(tmp_path):
+    text = PAGE.read_text(encoding="utf-8")
+    for name in (*plot.PARTS, "copying", "rounding", "shapes", "decode", "training"):
+        head, tail = around(text, name)
+        assert fill(f"{head}\n1.05\n{tail}", {name: text[len(head) : -len(tail)].strip()}) == text
+
+
+def test_the_shapes_are_counted_and_timed_as_one_model():
+    def speed(attn, tokens_per_s, mode="", **other):
+        size = 32 * 16384 * plot.cache_bytes(plot.preset("paper-1b", attn))
+        row = dict(model="paper-1b", attn=attn, mode=mode, engine="ours", batch=32, context=16384)
+        return row | dict(ms=1 / tokens_per_s, tokens_per_s=tokens_per_s, counts_bytes=size) | other
+
+    rows = [speed("mha", 1000.0), speed("mfa_kr", 7000.0, "pre"), speed("mfa_kr", 8000.0, "post")]
+    rows += [speed("mla", 9e9, "joint", counts_bytes=1)]  # of another size than the table's
+    lines = [line.split(" | ") for line in plot.shapes_part(dict(rows=rows)).splitlines()]
+    cells = {name.removeprefix("| "): rest[3:] for name, *rest in lines}
+    assert cells["MHA"] == ["163,840", "100%", "336M", "1,000 |"]
+    assert cells["MFA-KR"] == ["10,240", "6.25%", "187M", "pre 7,000, post 8,000 |"]
+    assert cells["MLA, DeepSeek-V2-Lite's"][1:] == ["14.06%", "275M", "not measured |"]
+
+
+def test_what_the_findings_say_is_in_the_results():
+    """The numbers that experiments/README.md types, and the order that its sentences claim."""
+    text = " ".join((ROOT / "experiments" / "README.md").read_text(encoding="utf-8").split())
+    results = plot.Results(read_results(studies.RESULTS))
+
+    def ppl(study, arm, factor=None):
+        return statistics.mean(row["ppl"] for row in results.of(study, arm, factor))
+
+    adamw = {arm: ppl("figure1", arm) for arm in FIGURE1}
+    muon = {arm: ppl("modern", arm) for arm in ("mha", "gqa2", "mfa", "mqa", "mla_joint", "mfa_kr", "mfa_kr_half_norm")}
+    assert f"Muon takes MHA from {adamw['mha']:.1f} to {muon['mha']:.1f}" in text
+    assert f"MFA with C = 2d is as good as MHA ({adamw['mfa_2d']:.1f})" in text
+    assert f"GQA with 2 of 8 heads slightly worse ({adamw['gqa2']:.1f})" in text
+    assert f"With Muon, GQA costs {muon['gqa2'] - muon['mha']:.1f}." in text
+    assert f"With Muon it is {muon['mqa'] - muon['mfa']:.1f} better than MQA" in text and muon["mfa"] < muon["gqa2"]
+    assert f"MFA is as good as MHA with AdamW ({adamw['mfa_half']:.1f})" in text
+    assert f"as good as MQA with an eighth ({muon['mfa_kr_half_norm']:.1f}). The paper's form is at {muon['mfa_kr']:.1f}." in text
+    assert abs(muon["mfa_kr_half_norm"] - muon["mqa"]) < 0.1 and abs(muon["mla_joint"] - muon["mfa"]) < 0.2
+    assert all(adamw[arm] > adamw["mqa"] - 0.05 for arm in FIGURE1 if arm.startswith("mla"))
+    reused = [ppl("question_a", arm, 10 / 7) for arm in ("pre", "inverse", "post")]
+    assert reused == sorted(reused) and f"(`pre`) are best, {reused[0]:.1f}" in text and f"clearly worse, {reused[2]:.1f}" in text
+    gate, plain = ppl("table4", "gated"), ppl("table4", "vanilla")
+    assert f"plain reuse of the key, {gate:.1f} against {plain:.1f}" in text
+    plain, wide, factored = (ppl("table3", arm) for arm in ("plain", "wide", "factored"))
+    assert f"better by {plain - wide:.1f}, as in" in text and round((plain - wide) / (plain - factored)) == 5
+    one, restored = ppl("table6", "single_value"), ppl("table6", "compressed_value")
+    assert f"for the value ({one:.1f} against {restored:.1f})" in text
+    low, high = (ppl("figure1", "mfa_kr", factor) for factor in (studies.GRID[0], studies.GRID[2]))
+    assert f"MFA-KR gains {low - high:.1f} from 1e-3 to 2e-3" in text
+    for study in ("table3", "table4", "table5", "table6"):
+        pairs = re.search(r"(\d+ of \d+) pairs", plot.order(results, study))[1]
+        assert re.search(rf"{pairs} (pairs )?of Table {study[-1]}", text)
 
 
 def test_order_names_the_pairs_that_differ():
@@ -93,7 +154,7 @@ def test_order_names_the_pairs_that_differ():
     text = plot.order(plot.Results(rows), "table4")
     assert (
         text
-        == f"Order: 2 of 3 pairs as in the paper. The other way round here: MHA ({math.exp(3.7):.2f}) below MFA ({math.exp(3.8):.2f})."
+        == f"Order: 2 of 3 pairs as in the paper. The other way round here: MHA ({math.exp(3.7):.2f}) better than MFA ({math.exp(3.8):.2f})."
     )
     table = plot.main_table(plot.Results(rows), "table4")
     assert "1 of 1 did not train" in table and table.count("not made") == 2
@@ -179,7 +240,7 @@ def test_distances_from_mha_by_position_are_of_means_over_seeds():
     rows = [line("mfa", 0, 5.0, 4.0, 3.0), line("mfa", 1, 5.2, 4.0, 3.0)]
     assert plot.positions_part(plot.Results(rows)) == "MHA was not made."
     text = plot.positions_part(plot.Results([*rows, line("mha", 0, 5.0, 4.1, 3.0)]))
-    assert text.startswith("| nats above MHA, position | 0 | 1 | 2 to 3 |") and "MHA |" not in text
+    assert text.startswith("| nats worse than MHA, position | 0 | 1 | 2 to 3 |") and "MHA |" not in text
     assert (
         "| 0.100 | -0.100 | 0.000 |" in text
         and text.count("| not made | not made | not made |") == len(FIGURE1) - 2

@@ -25,35 +25,28 @@ QUICK = "--max_iters 2 --eval_interval 2 --eval_tokens 600 --batch_size 2"
 TOY = f"{QUICK} --batch_size 32 --n_layer 1 --dim 64 --head_dim 16 --block_size 32"
 # Command, in the order of the documents: what is added to it, and what it prints. Of a flag given twice the last counts.
 RUN = {
-    "python docs/build.py": ("", "docs/index.html: "),
     "python train.py --attn mfa_kr": (QUICK, "6.25% of MHA's"),
     'python sample.py --prompt "ROMEO:"': ("--max_new_tokens 20", "out/tiny-mfa_kr/best.pt: mfa_kr, step 2"),
-    "python train.py --attn mfa": (QUICK, "12.50% of MHA's"),
-    "python train.py --attn mfa_kr --key_reuse_rope post --out out/post": (QUICK, "in out/post: best.pt"),
-    "python train.py --attn mfa --q_rank 64 --out out/wide": (QUICK, "in out/wide: best.pt"),
-    "python train.py --attn mfa --resume": ("--max_iters 4", "resumed at step 2"),
-    "python train.py --preset baby --dataset tinyshakespeare": (f"{QUICK} --n_layer 1", "in out/baby-mfa: best.pt"),
+    "python train.py --attn mha": (QUICK, "100.00% of MHA's"),
     "python train.py --file my_notes.txt --tokenizer byte --out out/notes": (QUICK, "text: file-my_notes-byte"),
-    "python prepare_data.py --dataset python --tokenizer bpe": ("", "vocabulary: 8,192 tokens"),
-    'python sample.py --prompt "ROMEO:" --top_p 0.9 --no-cache': ("--max_new_tokens 20", ", no cache"),
+    "python train.py --plugin examples/my_attention.py --attn tied2": (QUICK, "in out/tiny-tied2: best.pt"),
     "python experiments/paper.py": ("", "Table 8"),
     "torchrun --nproc_per_node=8 train.py --preset small --tokenizer gpt2 --dataset wikitext-2 --grad_accum 2 --resume": (
         TOY,
         "in out/small-mfa: best.pt",
     ),
+    "python experiments/study/plot.py": ("", "experiments/RESULTS.md: "),
+    "python docs/build.py": ("", "docs/index.html: "),
     "python experiments/study/run.py --study all --dry_run": ("", "still to make: "),
-    "python experiments/study/plot.py": ("", "experiments/README.md: "),
     "python notebooks/build.py 04": ("", "04_mfa_solutions.ipynb: "),
     "python notebooks/build.py --check": ("", ""),
 }
 # What stands in a command that is run, and what is run instead.
 INSTEAD = {
-    "--dataset tinyshakespeare": "--dataset shakespeare",  # that is a download, this is embedded
-    "--tokenizer gpt2 --dataset wikitext-2": "--tokenizer byte --dataset shakespeare",  # so is all of that
+    "--tokenizer gpt2 --dataset wikitext-2": "--tokenizer byte --dataset shakespeare",  # those are downloads
     "--nproc_per_node=8": "--nproc_per_node=2 --standalone",  # two processes on a CPU (gloo), at a port that is free
 }
 NOT_RUN = {
-    "O_i = sum_c sum_{j<=i} softmax_j(scale * x_i W_c x_j^T) x_j U_c": "a formula",
     "pip install -e .": "the copy is put on PYTHONPATH; .ci/run installs",
     'pip install -e ".[dev]"': ".ci/run does it",
     "pip install .": "the same but for what may be edited",
@@ -61,12 +54,14 @@ NOT_RUN = {
     "python train.py --preset small --tokenizer gpt2 --dataset wikitext-2": "a download; the next one runs with other text",
     "torchrun --nnodes=8 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py --preset small "
     "--tokenizer gpt2 --dataset wikitext-2 --grad_accum 1 --resume": "needs eight machines",
-    "uv run train.py --attn mfa_kr": "makes an environment of its own: downloads",
+    "python -m support.compare out/*": "tests/test_compare.py does it; here no shell would open the *",
     "python experiments/bench/training.py --nanogpt FOLDER --part small": "needs a checkout of nanoGPT and a GPU",
     "python experiments/study/run.py --study all --source DIR": "needs the text of pg-books, and hours of a GPU",
     "python experiments/study/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
     "python experiments/study/run.py --study all --smoke": "tests/test_run.py does it",
-    "python experiments/probes/copying.py --jobs 1": "the same as the next one",
+    "python experiments/probes/kill_test.py --results FILE": "minutes; tests/test_train.py kills three times",
+    "python docs/quick_start.py": "minutes; the quick start's commands are run for two steps",
+    "python experiments/bench/decoding.py --nanogpt FOLDER": "needs a checkout of nanoGPT and a GPU",
     "python experiments/probes/copying.py --jobs 2": "half an hour; tests/test_copying.py runs it for two steps",
     "python experiments/probes/rounding.py": "three quarters of an hour; tests/test_rounding.py runs it with small models",
     "python notebooks/build.py": "a minute and more; .ci/run executes every notebook",
@@ -75,12 +70,17 @@ NOT_RUN = {
 
 
 def commands(markdown: str) -> list[str]:
-    """Every line of a code block, and every code span that begins with a program's name; without comments, parted at &&."""
+    """Every line of a code block, and every code span that begins with a program's name; without comments, parted at &&.
+
+    A fence that names a language other than the shell's is none: Python is tried by itself, and the rest is for reading.
+    """
     tokens = markdown_it.MarkdownIt("commonmark").parse(markdown)
     lines = []
     for token in tokens:
-        if token.type in ("code_block", "fence"):
+        if token.type in ("code_block", "fence") and token.info in ("", "bash"):
             lines += token.content.splitlines()
+        if token.type == "fence" and token.info == "console":  # what is typed, and what it prints
+            lines += [line[2:] for line in token.content.splitlines() if line.startswith("$ ")]
         spans = [child.content for child in token.children or [] if child.type == "code_inline"]
         lines += [span for span in spans if re.match(r"(python3?|pip|uvx?|torchrun|git|bash|curl) ", span)]
     parts = [part for line in lines for part in re.sub(r"(^|\s)#.*", "", line).split("&&")]
@@ -99,14 +99,38 @@ def as_run(command: str) -> str:
 
 
 def test_what_a_command_is():
-    markdown = "a\n\n    pip install x && python y.py  # why\n    # no\n\n```\nz --n=1\n```\n`uv run y.py` makes `y.py`\n\n- b\n\n      c d\n"
-    assert commands(markdown) == ["pip install x", "python y.py", "z --n=1", "uv run y.py", "c d"]
+    markdown = "a\n\n    pip install x && python y.py  # why\n    # no\n\n```\nz --n=1\n```\n```python\nno\n```\n```console\n$ w\nno\n```\n`uv run y.py` makes `y.py`\n\n- b\n\n      c d\n"
+    assert commands(markdown) == ["pip install x", "python y.py", "z --n=1", "w", "uv run y.py", "c d"]
 
 
 def test_every_command_is_run_in_its_order_or_has_a_reason():
     assert [command for command in EACH_ONCE if command not in NOT_RUN] == list(RUN)
     assert set(NOT_RUN) <= set(EACH_ONCE), "a reason for a command that no document has"
     assert all(any(shown in command for command in RUN) for shown in INSTEAD), "a replacement for nothing"
+
+
+PYTHON = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_the_python_of_the_readme_runs(block):
+    """As a user would, who has the four files on the path."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    how = dict(capture_output=True, text=True, encoding="utf-8", env=environment)
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", block], **how)
+    assert done.returncode == 0, done.stderr
+    for says in re.findall(r"print\(.*: (\d+)$", block, re.MULTILINE):  # what a comment says is printed
+        assert done.stdout.split() == [says]
+
+
+def test_the_quick_start_is_what_its_commands_print(ran):
+    """What does not depend on the machine or the number of steps: the lines of what is trained."""
+    shown = (ROOT / "docs" / "quick_start.txt").read_text(encoding="utf-8").splitlines()
+    commands = [line.removeprefix("$ ") for line in shown if line.startswith("$ ")]
+    assert commands == ["pip install -e .", *list(RUN)[:2]]
+    before = shown[2 : next(i for i, line in enumerate(shown) if line.startswith("step "))]
+    assert len(before) == 3 and set(before) <= set(ran[commands[1]].stdout.splitlines())
+    assert shown[shown.index(f"$ {commands[2]}") + 1] == "ROMEO:"
 
 
 def follow(commands: list[str], place: Path) -> dict[str, subprocess.CompletedProcess]:

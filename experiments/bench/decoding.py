@@ -818,55 +818,50 @@ def table(bench: Bench) -> None:
 
 
 def plot(bench: Bench) -> None:
-    """decode_tokens.png: tokens/s against context. decode_largest.png: the largest batches."""
-    import matplotlib
+    """decode_tokens.png and decode_largest.png."""
+    found = bench.found | {"rows": bench.rows, "largest_batch": bench.largest, "runs": bench.runs}
+    for name, figure in plots(found).items():
+        figure.savefig(bench.args.results.with_name(f"{name}.png"), dpi=100)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    def save(figure, name: str) -> None:
-        figure.savefig(bench.args.results.with_name(name), dpi=130)
-        plt.close(figure)
+def plots(found: dict) -> dict:
+    """The figures of a results file, by the names of their files."""
+    drawn = dict(decode_tokens=tokens_plot(found), decode_largest=largest_plot(found))
+    return {name: figure for name, figure in drawn.items() if figure}
 
-    rows = [r for r in bench.rows if r["model"] == "paper-1b" and "ms" in r]
-    run = bench.here | (bench.runs[rows[0]["run"]] if rows else {})
-    if rows:
-        measured = sorted({r["batch"] for r in rows})
-        batches = [b for b in (1, 32) if b in measured] or measured[:2]
-        size = (5 * len(batches) + 2, 4.4)
-        figure, axes = plt.subplots(
-            1, len(batches), figsize=size, squeeze=False, layout="constrained"
-        )
-        for axis, batch in zip(axes[0], batches, strict=True):
-            plot_speed(axis, [r for r in rows if r["batch"] == batch], batch)
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-        bandwidth = f"copy bandwidth {run['bandwidth'] / 1e12:.2f} TB/s"
-        title = f"Decoding, paper-1b in bf16, {run['device']}, {bandwidth}"
-        figure.suptitle(title, fontsize=10)
-        save(figure, "decode_tokens.png")
 
-    largest = [r for r in bench.largest if "batch" in r]
-    if largest:
-        largest.sort(key=lambda r: r["batch"])
-        figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
-        names = [NAMES[r["attn"], r["mode"]] for r in largest]
-        colors = [palette.COLOR[r["attn"]] for r in largest]
-        bars = axis.barh(names, [r["batch"] for r in largest], color=colors)
-        axis.bar_label(bars, padding=3)
-        what = f"sequences of {largest[0]['context']:,} tokens decoded together"
-        axis.set(xlabel=what, xmargin=0.1)
-        axis.set_title(f"Largest batch that fits beside paper-1b, {run['device']}", fontsize=10)
-        save(figure, "decode_largest.png")
+def tokens_plot(found: dict):
+    """Tokens/s against context, for a small and a large batch."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in found["rows"] if r["model"] == "paper-1b" and "ms" in r]
+    if not rows:
+        return None
+    run = found.get("runs", {}).get(rows[0].get("run"), found)
+    measured = sorted({r["batch"] for r in rows})
+    batches = [b for b in (1, 32) if b in measured] or measured[:2]
+    figure = Figure(figsize=(6 * len(batches), 5), layout="constrained")
+    axes = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axis, batch in zip(axes, batches, strict=True):
+        plot_speed(axis, [r for r in rows if r["batch"] == batch], batch)
+    bandwidth = f"copy bandwidth {run['bandwidth'] / 1e12:.2f} TB/s"
+    title = f"Decoding, paper-1b in bf16, {run['device']}, {bandwidth}"
+    figure.suptitle(title, fontsize=10)
+    return figure
 
 
 LINE = {"pre": "-.", "post": "--", "inverse": ":"}  # of MFA-KR's modes
 
 
 def plot_speed(axis, rows: list[dict], batch: int) -> None:
-    """Tokens/s of one batch against context, a line for each variant and a mark for each Llama."""
+    """Tokens/s of one batch against context, a line for each variant and a mark for each Llama.
+
+    A name stands at the end of its line, or at its mark.
+    """
     from matplotlib.ticker import LogLocator
 
     contexts = sorted({r["context"] for r in rows})
+    ends = []  # (attention, name, context, tokens/s)
     for (attn, mode), name in NAMES.items():
         of = dict(attn=attn, mode=mode, engine="ours")
         points = [row for c in contexts if (row := quickest(rows, context=c, **of))]
@@ -875,22 +870,64 @@ def plot_speed(axis, rows: list[dict], batch: int) -> None:
                 [r["context"] for r in points],
                 [r["tokens_per_s"] for r in points],
                 LINE.get(mode, "-"),
-                marker=palette.MARKER[attn], ms=4, color=palette.COLOR[attn], label=name,
+                marker=palette.MARKER[attn], ms=5, color=palette.COLOR[attn],
             )  # fmt: skip
+            ends.append((attn, name, points[-1]["context"], points[-1]["tokens_per_s"]))
     for attn, marker in (("mha", "x"), ("gqa", "+")):
         for row in rows:
             if (row["engine"], row["attn"]) == ("transformers", attn):
-                name = f"transformers' Llama, {attn.upper()}"
-                color = palette.COLOR[attn]
+                color, name = palette.COLOR[attn], f"transformers' Llama, {attn.upper()}"
                 point = row["context"], row["tokens_per_s"]
-                axis.plot(*point, marker, ms=9, mew=2, color=color, label=name)
+                axis.plot(*point, marker, ms=9, mew=2, color=color)
+                place = dict(xytext=(-9, 0), textcoords="offset points", ha="right", va="center")
+                axis.annotate(name, point, **place, fontsize=8, color=color)
     axis.set(xscale="log", yscale="log", title=f"batch {batch}")
     axis.set(xlabel="context, tokens", ylabel="tokens per second")
+    axis.set_xlim(contexts[0] / 1.3, contexts[-1] * (contexts[-1] / contexts[0] + 1) ** 0.33)
+    write_names(axis, ends)
     axis.set_xticks(contexts, [f"{c // 1024}k" if c >= 1024 else str(c) for c in contexts])
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.minorticks_off()
     axis.grid(alpha=0.3)
+
+
+def write_names(axis, ends: list[tuple[str, str, int, float]]) -> None:
+    """Each name right of its line's end, and no closer to the next than a line of text."""
+    low, high = axis.get_ylim()
+    gap = (high / low) ** 0.042
+    below = {}  # the last place taken, by context
+    for attn, name, context, speed in sorted(ends, key=lambda end: end[-1]):
+        place = max(speed, below.get(context, 0) * gap)
+        below[context] = place
+        text = dict(fontsize=8, va="center", color=palette.COLOR[attn])
+        axis.annotate(name, (context, place), (7, 0), textcoords="offset points", **text)
+
+
+def largest_plot(found: dict):
+    """The most sequences that fit, as bars."""
+    from matplotlib.figure import Figure
+
+    largest = [r for r in found["largest_batch"] if "batch" in r]
+    if not largest:
+        return None
+    largest.sort(key=lambda r: r["batch"])
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axis = figure.subplots()
+    # MFA-KR's three modes cache as much, and fit as often.
+    bars = {}
+    for r in largest:
+        name = NAMES[r["attn"], r["mode"]]
+        if r["attn"] == "mfa_kr" and (r["attn"], r["batch"]) in bars:
+            name = palette.NAME["mfa_kr"]
+        bars[r["attn"], r["batch"]] = name
+    colors = [palette.COLOR[attn] for attn, _ in bars]
+    drawn = axis.barh([*bars.values()], [batch for _, batch in bars], color=colors)
+    axis.bar_label(drawn, padding=3)
+    what = f"sequences of {largest[0]['context']:,} tokens decoded together"
+    axis.set(xlabel=what, xmargin=0.1)
+    axis.set_title(f"Largest batch that fits beside paper-1b, {found['device']}", fontsize=10)
+    return figure
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Plots and tables from the results of run.py: python experiments/study/plot.py
 
-Writes the plots beside the results and fills the generated parts of experiments/README.md, with the
-paper's figure beside ours. Every number is taken from a line of the results; a row none of whose
-runs was made says so. Seeds are shown as mean ± standard deviation (of the sample, n - 1).
+Writes the plots beside the results and fills the generated parts of experiments/RESULTS.md, with
+the paper's figure beside ours. Every number is taken from a line of the results; a row none of
+whose runs was made says so. Seeds are shown as mean ± standard deviation (of the sample, n - 1).
 """
 
 import itertools
@@ -10,7 +10,6 @@ import math
 import os
 import re
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -21,14 +20,19 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiments.bench.decoding import grid_tables
+from experiments.bench import decoding
+from experiments.bench import training as training_bench
 from experiments.paper.hybrids import HYBRIDS, measured_cache_bytes
+from experiments.paper.tables import FIGURE1_MLA
 from experiments.probes import copying, rounding
 from experiments.study.studies import (
     FIGURE1,
     FIGURE3,
     GRID,
     LENGTH,
+    MODERN,
+    MUON_GRID,
+    MUON_HEADS,
     QUESTION_A,
     QUEUE,
     RESULTS,
@@ -47,7 +51,7 @@ from experiments.study.studies import (
     run_for,
     untrained,
 )
-from mfa import cache_bytes
+from mfa import ATTENTION, cache_bytes, preset
 from support.cli import BadInput, run_command
 from support.files import write_atomically
 from support.generated import fill
@@ -177,7 +181,7 @@ def order(results: Results, study: str) -> str:
     if not pairs:
         return "Order: no two rows that the paper has a figure for were made."
     differ = [
-        f"{arms[b].name} ({ours[b]:.2f}) below {arms[a].name} ({ours[a]:.2f})"
+        f"{arms[b].name} ({ours[b]:.2f}) better than {arms[a].name} ({ours[a]:.2f})"
         for a, b in pairs
         if ours[b] < ours[a]
     ]
@@ -188,10 +192,13 @@ def order(results: Results, study: str) -> str:
 StudyArm = tuple[str, str]  # (study, arm)
 
 
-def difference_cells(results: Results, one: StudyArm, other: StudyArm) -> list[str]:
-    """The loss of other less that of one, each at its best learning rate."""
+def difference_cells(
+    results: Results, one: StudyArm, other: StudyArm, factor: float | None = None
+) -> list[str]:
+    """The loss of other less that of one, each at `factor` of its rate, by default at its best."""
     ours, theirs = (
-        {row["seed"]: row["val_loss"] for row in results.trained(*which)} for which in (one, other)
+        {row["seed"]: row["val_loss"] for row in results.of(*which, factor) if not untrained(row)}
+        for which in (one, other)
     )
     text, verdict = "–", "not made"
     if ours and theirs:
@@ -205,13 +212,15 @@ def difference_cells(results: Results, one: StudyArm, other: StudyArm) -> list[s
     return [*names, f"{share:.2%}", text, verdict]
 
 
-def differences(results: Results, pairs: Iterable[tuple[StudyArm, StudyArm]]) -> str:
-    head = ["", "against", "whose cache is", "its loss less ours, nats (95%)", "ours is lower"]
-    return table(head, [difference_cells(results, *pair) for pair in pairs])
+def differences(
+    results: Results, pairs: Iterable[tuple[StudyArm, StudyArm]], factor: float | None = None
+) -> str:
+    head = ["", "against", "whose cache is", "its loss less ours, nats (95%)", "ours is better"]
+    return table(head, [difference_cells(results, *pair, factor) for pair in pairs])
 
 
 # --------------------------------------------------------------------------------------------------
-# The parts of README.md
+# The parts of RESULTS.md
 
 
 def status_part(results: Results) -> str:
@@ -243,6 +252,15 @@ def heads_part(results: Results) -> str:
     return differences(results, ((("figure1", one), ("why", arm)) for one in ours for arm in arms))
 
 
+def why_part(results: Results) -> str:
+    pairs = [(f"mha_{steps}", f"mfa_{steps}") for steps in ("2000", "8000", "base_2000", "base")]
+    both = [(("why", one), ("why", other)) for one, other in pairs]
+    plain = dict(mha_base="mha", mfa_base="mfa", mfa_kr_base="mfa_kr", mha_16="mha")
+    both += [(("why", arm), ("figure1", other)) for arm, other in plain.items()]
+    both += [(("why", arm), ("figure1", "mfa_half")) for arm in ("mfa_quarter", "mfa_full")]
+    return main_table(results, "why") + "\n\nAt one rate:\n\n" + differences(results, both, 1)
+
+
 def rates_of(results: Results, study: str, arm: str, factors: Iterable[float]) -> list[str]:
     return [f"{results.run(study, arm, factor).lr:.2g}" for factor in factors]
 
@@ -269,8 +287,64 @@ def grid_part(results: Results) -> str:
     return table(head, body)
 
 
-def table_part(study: str) -> Callable[[Results], str]:
-    return lambda results: main_table(results, study) + "\n\n" + order(results, study)
+def modern_part(results: Results) -> str:
+    """Perplexity by rate and seed beside the cache, and distances from MHA and from the others."""
+    planned = [task.run for task in queue("modern", results.toy)]
+    settings = [(1, seed) for seed in SEEDS] + [(f, 0) for f in MUON_GRID if f != 1]
+    body = []
+    for arm, a in MODERN.items():
+        run, rows = results.run("modern", arm), results.of("modern", arm)
+        sizes = sizes_of(run)
+        runs = [run_for("modern", arm, factor, seed, results.toy) for factor, seed in settings]
+        made = [results.done.get(run) if run in planned else None for run in runs]
+        cells = [outcome([row]) if row else "–" for row in made]
+        counts = [f"{sizes.cache_share:.2%}", f"{sizes.params / 1e6:.2f}M"]
+        body.append([a.name, *counts, outcome(rows), *cells])
+    rates = [f"{results.run('modern', 'mha', factor).lr:.2g}" for factor, _ in settings]
+    head = [f"{rate}, seed {seed}" for rate, (_, seed) in zip(rates, settings, strict=True)]
+    head = ["", "cache, of MHA's", "parameters", f"perplexity at {rates[0]}", *head]
+    made = [arm for arm in MODERN if results.of("modern", arm)]
+    pairs = [(arm, other) for arm in ("mfa", "mfa_kr_half_norm") for other in made if other != arm]
+    pairs = [(arm, other) for arm, other in pairs if arm in made]
+    against = differences(results, ((("modern", one), ("modern", other)) for one, other in pairs))
+    return table(head, body) + "\n\n" + against
+
+
+def muon_heads_part(results: Results) -> str:
+    body = []
+    for arm, a in MUON_HEADS.items():
+        rows = results.of("muon_heads", arm)
+        body.append([a.name, str(len(rows)), outcome(rows, "val_loss", 4)])
+    return table(["", "seeds", "loss, nats per token"], body)
+
+
+def table_part(study: str, *pairs: tuple[str, str]) -> Callable[[Results], str]:
+    """The table of a study, its order against the paper's, and differences between its arms.
+
+    An arm of another study is named "study/arm".
+    """
+
+    def which(name: str) -> StudyArm:
+        one, _, other = name.rpartition("/")
+        return (one or study, other)
+
+    def part(results: Results) -> str:
+        parts = [main_table(results, study), order(results, study)]
+        if pairs:
+            both = [(which(one), which(other)) for one, other in pairs]
+            parts.append(differences(results, both))
+        return "\n\n".join(parts)
+
+    return part
+
+
+# What the findings compare, of each of the paper's tables.
+TABLE3_PAIRS = [("wide", "plain"), ("factored", "plain"), ("factored", "wide")]
+TABLE4_PAIRS = [("gated", arm) for arm in ("mha", "mfa", "vanilla", "proj", "residual")]
+TABLE5_PAIRS = [("mfa", "mha"), ("mfa_kr", "mha")]
+TABLE5_PAIRS += [(arm, f"figure1/{arm}") for arm in ("mha", "mfa", "mfa_kr")]
+TABLE6_PAIRS = [("single_value", "compressed_value"), ("single_key", "compressed_key")]
+TABLE6_PAIRS += [(arm, "figure1/mha") for arm in STUDIES["table6"]]
 
 
 def question_a_part(results: Results) -> str:
@@ -286,7 +360,13 @@ def question_a_part(results: Results) -> str:
         ]
         body.append([a.name, *cells])
     head = ["perplexity, peak lr", *rates_of(results, "question_a", "pre", factors)]
-    return table(head, body)
+    pairs = [("pre", "post"), ("pre", "inverse"), ("inverse", "post"), ("pre", "none")]
+    text = [table(head, body)]
+    for factor, rate in zip(factors, head[1:], strict=True):
+        known = [pair for pair in pairs if factor == 1 or "none" not in pair]
+        both = [[("question_a", arm) for arm in pair] for pair in known]
+        text.append(f"At {rate}:\n\n" + differences(results, both, factor))
+    return "\n\n".join(text)
 
 
 def question_b_part(results: Results) -> str:
@@ -300,7 +380,10 @@ def question_b_part(results: Results) -> str:
     for dim in (512, 256):
         stds = [f"{0.02 * (2048 / dim) ** 0.5:.3f}", "0.02", "0.02 in attention", "0.02 in V, O"]
         head += [f"dim {dim}, {std}" for std in stds]
-    return table(head, body)
+    both = []
+    for size, attn, init in itertools.product(("30m", "7m"), names, inits[1:]):
+        both.append([("question_b", f"{attn}_{size}_{which}") for which in (init, "scaled")])
+    return table(head, body) + "\n\n" + differences(results, both)
 
 
 def gradient_part(results: Results) -> str:
@@ -403,7 +486,7 @@ def law_of(name: str, points: list[tuple[float, float]]) -> str:
 
 
 def context_gains(results: Results) -> list[tuple[str, float, float]]:
-    """(attention, gain, perplexity) of every 30M run at a context of 512 that trained.
+    """(attention, gain, perplexity) of every 30M run of AdamW at a context of 512 that trained.
 
     gain: how much lower the loss is at positions 256 to 511 than at 32 to 63, in nats. Hybrids and
     ruinous learning rates are left out.
@@ -415,6 +498,7 @@ def context_gains(results: Results) -> list[tuple[str, float, float]]:
     for run, row in results.done.items():
         same_size = (run.cfg.dim, run.cfg.block_size) == (cfg.dim, cfg.block_size)
         plain = not run.cfg.n_expert and run.build not in HYBRIDS
+        plain = plain and run.optimizer == "adamw"
         if same_size and plain and run.lr < TOO_HIGH * middle.lr and not untrained(row):
             by = dict(row["by_position"])
             gains.append((run.cfg.attn, by[early] - by[late], row["ppl"]))
@@ -422,7 +506,7 @@ def context_gains(results: Results) -> list[tuple[str, float, float]]:
 
 
 def positions_part(results: Results) -> str:
-    """How far each attention of Figure 1 is above MHA at each position, means over seeds."""
+    """How much worse than MHA each attention of Figure 1 is at each position, means over seeds."""
     mean = {}
     for arm in FIGURE1:
         by = [dict(row["by_position"]) for row in results.trained("figure1", arm)]
@@ -439,7 +523,7 @@ def positions_part(results: Results) -> str:
             ]
             body.append([a.name, *cells])
     positions = [str(p) if p < 2 else f"{p} to {2 * p - 1}" for p in mean["mha"]]
-    return table(["nats above MHA, position", *positions], body)
+    return table(["nats worse than MHA, position", *positions], body)
 
 
 def context_part(results: Results) -> str:
@@ -453,16 +537,21 @@ def context_part(results: Results) -> str:
 
 
 PARTS = {
+    "modern": modern_part,
+    "muon_heads": muon_heads_part,
     "status": status_part,
-    "figure1": figure1_part,
+    "figure1_adamw": figure1_part,
     "heads": heads_part,
     "grid": grid_part,
-    **{study: table_part(study) for study in ("table3", "table4", "table5", "table6")},
+    "table3": table_part("table3", *TABLE3_PAIRS),
+    "table4": table_part("table4", *TABLE4_PAIRS),
+    "table5": table_part("table5", *TABLE5_PAIRS),
+    "table6": table_part("table6", *TABLE6_PAIRS),
     "figure3": figure3_part,
     "question_a": question_a_part,
     "question_b": question_b_part,
     "checked": gradient_part,
-    "why": lambda results: main_table(results, "why"),
+    "why": why_part,
     "positions": positions_part,
     "context": context_part,
     "length": length_part,
@@ -509,38 +598,138 @@ def rounding_part(rows: dict[tuple[str, float, str], dict]) -> str:
     return table(head, body) + "\n\n" + origin_of(rows.values())
 
 
+class Shape(NamedTuple):
+    """An attention at the paper's 1B shape."""
+
+    name: str
+    attn: str
+    W: str
+    U: str
+    cached: str  # per token and layer
+    options: dict = {}  # of Config, beside the preset's
+
+
+SHAPES = [
+    Shape("MHA", "mha", "Q_c K_c^T", "V_c O_c^T", "2 n d"),
+    Shape("GQA, g = 4", "gqa", "Q_c K_g^T", "V_g O_c^T", "2 g d", dict(n_kv_head=4)),
+    Shape("MQA", "mqa", "Q_c K^T", "V O_c^T", "2 d"),
+    Shape("MLA, DeepSeek-V2-Lite's", "mla", "Q_c K_c^T S^T", "S V_c O_c^T", "C + d_r", FIGURE1_MLA),
+    Shape("MFA", "mfa", "S_q Q_c S_k^T", "S_v O_c^T", "2 C"),
+    Shape("MFA-KR", "mfa_kr", "S_q Q_c S_k^T", "S_k (I + N^T diag(alpha)) O_c^T", "C"),
+]
+SPEED_AT = dict(batch=32, context=16384)
+
+
+def shapes_part(decode: dict) -> str:
+    """Factors, cache, parameters and speed of each attention, all of one model: paper-1b."""
+    mha = cache_bytes(preset("paper-1b", "mha"))
+    body = []
+    for shape in SHAPES:
+        cfg = preset("paper-1b", shape.attn, **shape.options)
+        size, params = cache_bytes(cfg), cfg.n_layer * ATTENTION[shape.attn].counts(cfg).params
+        wanted = dict(model="paper-1b", attn=shape.attn, engine="ours", **SPEED_AT)
+        modes = dict.fromkeys(r["mode"] for r in decode["rows"] if r["attn"] == shape.attn)
+        rates = {}
+        for mode in modes:
+            row = decoding.quickest(decode["rows"], mode=mode, **wanted)
+            if row and row["counts_bytes"] == size * SPEED_AT["batch"] * SPEED_AT["context"]:
+                rates[mode] = f"{row['tokens_per_s']:,.0f}"
+        speed = ", ".join(f"{mode} {rate}" for mode, rate in rates.items())
+        speed = [*rates.values()][0] if len(rates) == 1 else speed or "not measured"
+        counts = [f"{size:,}", f"{100 * size / mha:.4g}%", f"{params / 1e6:,.0f}M", speed]
+        body.append([shape.name, shape.W, shape.U, shape.cached, *counts])
+    head = ["", "W_c", "U_c", "cached per token and layer", "bytes per token", "of MHA's"]
+    return table([*head, "attention parameters", "tokens/s"], body)
+
+
 # --------------------------------------------------------------------------------------------------
 # The plots
 
 
+# The arms of figure1.png, eight a recipe, and where their names stand. The rest is in the tables.
+LABELS = {
+    "figure1": {
+        "mha": ("MHA", "left"),
+        "gqa2": ("GQA, 2 heads", "right"),
+        "mfa_2d": ("MFA, C = 2d", "right"),
+        "mla_joint": ("MLA, joint", "right"),
+        "mqa": ("MQA", "left"),
+        "mfa": ("MFA", "right"),
+        "mfa_half": ("MFA, wider query", "below"),
+        "mfa_kr": ("MFA-KR, pre", "right"),
+    },
+    "modern": {
+        "mha": ("MHA", "above"),
+        "gqa2": ("GQA, 2 heads", "right"),
+        "mla_joint": ("MLA, joint", "below"),
+        "mqa": ("MQA", "right"),
+        "mfa": ("MFA", "left"),
+        "mfa_half": ("MFA, wider query", "below"),
+        "mfa_kr": ("MFA-KR, pre", "right"),
+        "mfa_kr_half_norm": ("MFA-KR, inverse,\nhalf rotated, qk_norm", "above"),
+    },
+}
+RECIPES = {
+    "figure1": "AdamW, best of three rates",
+    "modern": "Muon, 3e-3",
+}
+
+
 def figure1(results: Results) -> Figure | None:
-    """Perplexity against cache, as the paper's Figure 1."""
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    ax = figure.subplots()
-    drawn = Counter()  # arms so far, by attention and by cache
-    for arm, a in FIGURE1.items():
-        ppl = [row["ppl"] for row in results.trained("figure1", arm)]
-        if ppl:
-            attn = a.model["attn"]
-            size = sizes_of(results.run("figure1", arm)).cache_bytes
-            place = size * 1.05 ** drawn[size]  # arms of one cache stand beside each other
-            error = statistics.stdev(ppl) if len(ppl) > 1 else 0
-            look = dict(color=COLOR[attn], marker="osD^v"[drawn[attn]], linestyle="none", alpha=0.8)
-            look |= dict(markersize=8, capsize=3, label=f"{a.name} ({len(ppl)})")
-            ax.errorbar([place], [statistics.mean(ppl)], [error], **look)
-            drawn.update([attn, size])
-    if not drawn:
+    """Perplexity against cache, as the paper's Figure 1, by both recipes."""
+    studies = [s for s in LABELS if any(results.trained(s, arm) for arm in LABELS[s])]
+    if not studies:
         return None
-    ax.set_xscale("log", base=2)
-    low, high = ax.get_xlim()
-    ticks = [2**i for i in range(4, 20) if low <= 2**i <= high]
-    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    ax.set_xlabel("KV cache, bytes per token at 16 bit (equal ones side by side)")
-    ax.set_ylabel("validation perplexity")
-    ax.grid(alpha=0.3)
-    handles = ax.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", fontsize=8, title="(seeds)")
+    figure = Figure(figsize=(5.6 * len(studies), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(studies), squeeze=False)[0]
+    for ax, study in zip(axes, studies, strict=True):
+        draw_perplexities(ax, results, study)
+    axes[0].set_ylabel("validation perplexity")
     return figure
+
+
+def draw_perplexities(ax, results: Results, study: str) -> None:
+    points, most = [], 1  # (share of MHA's cache, mean perplexity); seeds of an arm
+    for arm, (label, side) in LABELS[study].items():
+        ppl = [row["ppl"] for row in results.trained(study, arm)]
+        if not ppl:
+            continue
+        share = sizes_of(results.run(study, arm)).cache_share
+        points.append((share, statistics.mean(ppl)))
+        most = max(most, len(ppl))
+        error = statistics.stdev(ppl) if len(ppl) > 1 else 0
+        look = look_of(STUDIES[study][arm].model["attn"] + "_half" * arm.endswith("_half"))
+        look |= dict(markersize=8, capsize=3 if error else 0, linestyle="none", zorder=3)
+        # Two models of one cache stand a little apart, or one would hide the other.
+        point = share * {"left": 0.98, "right": 1.02}.get(side, 1), statistics.mean(ppl)
+        ax.errorbar(*point, [error], **look)
+        x, y, ha, va = {
+            "left": (-9, 0, "right", "center"),
+            "right": (9, 0, "left", "center"),
+            "above": (0, 8, "center", "bottom"),
+            "below": (0, -14, "center", "top"),
+        }[side]
+        place = dict(xytext=(x, y), textcoords="offset points", ha=ha, va=va)
+        ax.annotate(label, point, **place, fontsize=9, color=look["color"])
+    ax.plot(*zip(*pareto(points), strict=True), color="0.6", linewidth=1.2, zorder=1)
+    spread = f"mean ± deviation of {most} seeds" if most > 1 else "one seed"
+    ax.set_title(f"{RECIPES[study]}, {spread}", fontsize=10)
+    ax.set_xscale("log", base=2)
+    ticks = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    ax.set_xticks(ticks, ["1/16", "1/8", "1/4", "1/2", "all"])
+    ax.set_xlim(1 / 30, 1.4)
+    ax.margins(y=0.12)
+    ax.set_xlabel("KV cache, share of MHA's (grey: the best for their cache)")
+    ax.grid(alpha=0.3)
+
+
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those with no other of as small a cache and a better perplexity, small caches first."""
+    best = []
+    for share, ppl in sorted(points):
+        if not best or ppl < best[-1][1]:
+            best.append((share, ppl))
+    return best
 
 
 def look_of(attn: str) -> dict:
@@ -684,10 +873,10 @@ PLOTS = {"figure1": figure1, "context": context, "figure3": figure3, "length": l
 
 @dataclass
 class Args:
-    """Make the plots and fill the tables of experiments/README.md."""
+    """Make the plots and fill the tables of experiments/RESULTS.md."""
 
     results: Path = RESULTS  # what run.py wrote; the plots go beside it
-    readme: Path = ROOT / "experiments" / "README.md"  # file whose generated parts are filled
+    page: Path = ROOT / "experiments" / "RESULTS.md"  # file whose generated parts are filled
     dataset: str = "pg-books"  # which text's results
     smoke: bool = False  # the results are those of run.py --smoke
 
@@ -712,18 +901,22 @@ def main(args: Args) -> None:
         parts["copying"], plots["copying"] = copying_part(rows), copying_plot(rows)
     if rows := rounding.read(args.results.with_name(rounding.RESULTS.name)):
         parts["rounding"] = rounding_part(rows)
+    if decode := read_json(args.results.with_name("decode.json")):
+        parts["shapes"] = shapes_part(decode)
+        parts["decode"] = decoding.grid_tables(decode)
+        plots |= decoding.plots(decode)
+    if train := read_json(args.results.with_name("train.json")):
+        parts["training"] = training_bench.table(train).strip()
+    text = args.page.read_text(encoding="utf-8")
     for name, figure in plots.items():
         if figure:
             path = args.results.with_name(f"{name}.png")
             save_plot(figure, path)
-            link = Path(os.path.relpath(path, args.readme.parent)).as_posix()
-            parts[name] = f"![{name}]({link})\n\n{parts[name]}"
-    decode = args.results.with_name("decode.json")
-    if decode.is_file():
-        parts["decode"] = grid_tables(read_json(decode))
-    text = fill(args.readme.read_text(encoding="utf-8"), parts, f"--readme {args.readme}")
-    write_atomically(args.readme, lambda file: file.write(text.encode()))
-    print(f"{args.readme}: {len(results.done)} results")
+            link = Path(os.path.relpath(path, args.page.parent)).as_posix()
+            parts[name] = "\n\n".join([f"![{name}]({link})", *filter(None, [parts.get(name)])])
+    text = fill(text, parts, f"--page {args.page}")
+    write_atomically(args.page, lambda file: file.write(text.encode()))
+    print(f"{args.page}: {len(results.done)} results")
 
 
 if __name__ == "__main__":
