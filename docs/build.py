@@ -1,9 +1,10 @@
 """Make the page and the README's table: python docs/build.py (needs pip install -e ".[dev]")
 
 docs/index.html is one file that needs no network: the text of docs/walkthrough.md, its formulas as
-MathML, the pictures of the executed notebooks, docs/page.css, docs/calculator.js, docs/model.js with
-docs/live.js, which read docs/models when the reader asks, and the figures of docs/results_table.py. In the text {{name}} stands for a figure or a block made here, and an
-image of a notebook is the one whose code cell contains the image's title:
+MathML, the pictures of the executed notebooks, docs/page.css, the figures of docs/results_table.py,
+docs/calculator.js, and docs/model.js with docs/live.js, which read docs/models when the reader
+presses play. In the text {{name}} stands for a figure or a block made here, and an image of a
+notebook is the one whose code cell contains the image's title:
 
     ![what can be seen](../notebooks/04_mfa.ipynb "A random MQA, written as an MFA")
     its caption
