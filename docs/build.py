@@ -118,10 +118,10 @@ def live() -> str:
     layers, context = cfg["mha"].n_layer, cfg["mha"].block_size
     height = layers * (context + 2) - 2  # a gap of two pixels between layers
     canvases = "".join(
-        f'<figure style="--width:{kept[attn]};--height:{height}"><canvas id="live-canvas-{attn}" '
-        f'role="img" aria-label="the cache of {NAME[attn]}; the table below counts it" '
-        f'width="{kept[attn]}" height="{height}"></canvas>'
-        f"<figcaption>{NAME[attn]}</figcaption></figure>"
+        f'<figure style="--width:{kept[attn]};--height:{height}">'
+        f'<figcaption>{NAME[attn]}</figcaption><canvas id="live-canvas-{attn}" role="img" '
+        f'aria-label="the cache of {NAME[attn]}; the table below counts it" '
+        f'width="{kept[attn]}" height="{height}"></canvas></figure>'
         for attn in LIVE
     )
     rows = "".join(

@@ -105,8 +105,11 @@
       writer.looked[cache.start + pos] ||= {start: cache.start, pos, layers: cache.looked[pos], keys: cache.layers.map(([k]) => k[pos])};
     }
     append(writer, value, "");
-    draw_cache(writer);
-    for (const other of Object.values(writers)) count(other);
+    for (const one of Object.values(writers)) {
+      if (one !== writer && one.wanted) continue;
+      draw_cache(one, cache.length);
+      count(one, cache.length);
+    }
     draw_times(writer);
   }
 
@@ -162,11 +165,16 @@
   const COLOR = [[0, 114, 178], [213, 94, 0]];  // below zero, above
   const strength = (value) => Math.abs(value) / (1 + Math.abs(value));
 
-  function draw_cache({canvas, cache, model}) {
+  function draw_cache({canvas, cache, wanted}, tokens) {
     const context = canvas.getContext("2d"), kept = at("cache").checked;
     canvas.classList.toggle("none", !kept);
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (!kept) return;
+    if (!wanted) {  // a model that was not chosen: how large its cache would be
+      context.fillStyle = "rgb(128 128 128 / 0.4)";
+      for (let top = 0; top < canvas.height; top += CELL_ROWS + 2) context.fillRect(0, top, canvas.width, tokens);
+      return;
+    }
     const image = context.createImageData(canvas.width, canvas.height);
     cache.layers.forEach((lists, layer) => {
       for (let pos = 0; pos < cache.length; pos++) {
@@ -185,14 +193,11 @@
     context.putImageData(image, 0, 0);
   }
 
-  function count({attn, cache, wanted}) {
-    const cells = at(`count-${attn}`).children, kept = at("cache").checked;
-    if (!wanted) {
-      ["not chosen", "", ""].forEach((text, i) => { cells[i + 1].textContent = text; });
-      return;
-    }
-    const numbers = kept ? cache.numel() : 0;
-    [`${cache.length}`, whole(numbers), whole(numbers * 4)].forEach((text, i) => { cells[i + 1].textContent = text; });
+  function count({attn, cache, canvas, wanted}, tokens) {
+    const layers = Math.ceil(canvas.height / (CELL_ROWS + 2));
+    const numbers = !at("cache").checked ? 0 : wanted ? cache.numel() : tokens * canvas.width * layers;
+    const cells = at(`count-${attn}`).children;
+    [tokens, numbers, numbers * 4].forEach((value, i) => { cells[i + 1].textContent = whole(value); });
   }
 
   // Milliseconds of every token, as a line from left to right.
@@ -296,6 +301,7 @@
   // -------------------------------------------------------------------------------------------------------------------
 
   at("form").hidden = false;
+  say("Nothing runs before you press play. Then three files of 1.1 MB each are read.");
   at("form").addEventListener("submit", (event) => {
     event.preventDefault();
     if (at("play").textContent === "stop") finish("Stopped. Choose a character to see what its heads look at.");

@@ -12,12 +12,9 @@
 // Vectors and matrices
 
 function dot(a, b) {
-  let even = 0, odd = 0, i = 0;  // two sums, since each addition waits for the one before
-  for (const end = a.length - 1; i < end; i += 2) {
-    even += a[i] * b[i];
-    odd += a[i + 1] * b[i + 1];
-  }
-  return even + odd + (i < a.length ? a[i] * b[i] : 0);
+  let sum = 0;
+  for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
+  return sum;
 }
 
 function add(a, b) {
