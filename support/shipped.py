@@ -37,7 +37,8 @@ def open_checkpoint(path: Path) -> dict:
     """A run's checkpoint, or as much of one as sample.py needs from a shipped model."""
     if path.name == str(path) and path.name.startswith(PREFIX) and not path.exists():
         if path.name not in names():
-            raise BadInput(f"--checkpoint {path}: the shipped models are {', '.join(names())}")
+            here = ", ".join(names()) or "not installed, a checkout has them"
+            raise BadInput(f"--checkpoint {path}: the shipped models are {here}")
         path = FOLDER / f"{path.name.removeprefix(PREFIX)}.js"
     return read_model(path) if path.suffix == ".js" and path.is_file() else load_checkpoint(path)
 
