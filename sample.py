@@ -23,7 +23,8 @@ from mfa import GPT, KVCache, cache_bytes, check_ids, check_sampling, draw, eval
 from support.cli import BadInput, run_command
 from support.decode import Decoder
 from support.machine import attention_kernels, is_out_of_memory, pick_device
-from support.run_folder import load_checkpoint, model_from
+from support.run_folder import model_from
+from support.shipped import offer, open_checkpoint
 from support.tokenizers import start_of_text, tokenizer_from
 
 # --------------------------------------------------------------------------------------------------
@@ -93,7 +94,8 @@ class Sample:
     """Generate text from a checkpoint of train.py."""
 
     checkpoint: Path | None = None
-    """A best.pt or latest.pt; default: the newest below ./out."""
+    """A best.pt or latest.pt; default: the newest below ./out. shipped-mfa_kr, shipped-mfa and
+    shipped-mha are here already."""
     prompt: str = ""
     """Text to go on from; empty: a new document, or a new line where there are no documents."""
     max_new_tokens: int = 500
@@ -141,7 +143,7 @@ def newest_checkpoint(out: Path = Path("out")) -> Path:
     found = [*out.glob("*/latest.pt"), *out.glob("*/best.pt")]
     if not found:
         what = f"no checkpoint below {out}: train one with python train.py"
-        raise BadInput(f"{what}, or name one with --checkpoint")
+        raise BadInput(f"{what}, or name one with --checkpoint{offer()}")
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
     best = newest.with_name("best.pt")
     return best if best.is_file() else newest
@@ -184,7 +186,7 @@ def fast_decode(model: GPT, args: Sample) -> Decoder | None:
 def generate_texts(args: Sample) -> None:
     check_flags(args)
     path, device = args.checkpoint or newest_checkpoint(), pick_device(args.device)
-    ckpt = load_checkpoint(path)
+    ckpt = open_checkpoint(path)
     model = model_from(ckpt, path, device).eval()
     tokenizer = tokenizer_from(ckpt["tokenizer"], path)
     cfg = model.cfg

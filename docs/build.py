@@ -3,9 +3,10 @@
 Needs pip install -e ".[dev]".
 
 docs/index.html is one file that needs no network: the text of docs/walkthrough.md, its formulas as
-MathML, the pictures of the executed notebooks, docs/page.css, docs/calculator.js, and the figures
-of docs/results_table.py. In the text {{name}} stands for a figure or a block made here, and an
-image of a notebook is the one whose code cell contains the image's title:
+MathML, the pictures of the executed notebooks, docs/page.css, the figures of docs/results_table.py,
+docs/calculator.js, and docs/model.js with docs/live.js, which read docs/models when the reader
+presses play. In the text {{name}} stands for a figure or a block made here, and an image of a
+notebook is the one whose code cell contains the image's title:
 
     ![what can be seen](../notebooks/04_mfa.ipynb "A random MQA, written as an MFA")
     its caption
@@ -99,6 +100,61 @@ def calculator() -> str:
         '<ul class="bars" id="calc-bars"></ul><div id="calc-fields"></div>'
         f"{html_table(serving.split('|'), [], 'calc-serving')}"
         f"{html_table(capacity.split('|'), [], 'calc-capacity')}</div>"
+    )
+
+
+LIVE = ("mha", "mfa", "mfa_kr")  # the models of docs/models
+
+
+def live() -> str:
+    """The places that live.js fills. A canvas has a pixel for each number of a full cache."""
+    cfg = {attn: preset("tiny", attn) for attn in LIVE}
+    kept = {attn: ATTENTION[attn].counts(cfg[attn]).kv_cache for attn in LIVE}
+    layers, context = cfg["mha"].n_layer, cfg["mha"].block_size
+    height = layers * (context + 2) - 2  # a gap of two pixels between layers
+    canvases = "".join(
+        f'<figure style="--width:{kept[attn]};--height:{height}">'
+        f'<figcaption>{NAME[attn]}</figcaption><canvas id="live-canvas-{attn}" role="img" '
+        f'aria-label="the cache of {NAME[attn]}; the table below counts it" '
+        f'width="{kept[attn]}" height="{height}"></canvas></figure>'
+        for attn in LIVE
+    )
+    rows = "".join(
+        f'<tr id="live-count-{attn}"><th scope="row">{NAME[attn]}</th>'
+        f'{"<td class=number></td>" * 3}<td class="number">{kept[attn] * layers:,}</td></tr>'
+        for attn in LIVE
+    )
+    heads = "".join(
+        f"<th>{name}</th>"
+        for name in ("", "tokens", "numbers kept", "bytes (float32)", "numbers a token")
+    )
+    choices = "".join(f'<option value="{attn}">{NAME[attn]}</option>' for attn in LIVE)
+    numbers = "".join(f'<option value="{layer}">{layer + 1}</option>' for layer in range(layers))
+    fields = (
+        ("prompt", "prompt", 'type="text" value="ROMEO:" maxlength="64" autocomplete="off"'),
+        ("temperature", "temperature", 'type="number" value="0.8" min="0" max="10" step="0.1"'),
+        ("seed", "seed", 'type="number" value="1" min="0" step="1"'),
+        ("length", "characters", 'type="number" value="300" min="1" max="1000" step="1"'),
+    )
+    inputs = "".join(
+        f'<label for="live-{name}">{label} <input id="live-{name}" {attributes}></label>'
+        for name, label, attributes in fields
+    )
+    return (
+        '<div id="live"><noscript>The models need JavaScript. Without it, '
+        "<code>python sample.py --checkpoint shipped-mfa_kr</code> writes in a terminal."
+        '</noscript><form id="live-form" hidden>'
+        f'{inputs}<label for="live-models">models <select id="live-models">'
+        f'<option value="all">all three</option>{choices}</select></label>'
+        '<label for="live-cache"><input id="live-cache" type="checkbox" checked> keep the '
+        'cache</label><button id="live-play" type="submit">play</button></form>'
+        '<p id="live-status" role="status"></p><div id="live-results" hidden>'
+        '<div id="live-texts"></div><div id="live-look" hidden><p id="live-title"></p>'
+        f'<p><label for="live-layer">layer <select id="live-layer">{numbers}</select></label>'
+        '<button id="live-key" type="button" aria-expanded="false" aria-controls="live-keys">its '
+        'key</button></p><div id="live-keys" hidden></div><div id="live-heads"></div></div>'
+        f'<div id="live-caches">{canvases}</div><div class="scroll"><table><thead><tr>{heads}'
+        f'</tr></thead><tbody>{rows}</tbody></table></div></div></div>'
     )
 
 
@@ -331,6 +387,7 @@ def values(folder: Path) -> dict[str, str]:
         "mha_rank": f"{ATTENTION['mha'].counts(cfg['mha']).total_rank:,}",
         "family": family(),
         "calculator": calculator(),
+        "live": live(),
         "perplexity": perplexity(folder),
         "speed": speed(folder),
         "profile": profile(folder),
@@ -445,6 +502,7 @@ def page(folder: Path = figures.RESULTS) -> str:
         .read_text(encoding="utf-8")
         .replace("/*presets*/{}", json.dumps(presets()))
     )
+    model, watch = ((HERE / name).read_text(encoding="utf-8") for name in ("model.js", "live.js"))
     return f"""<!doctype html>
 <html lang="en">
 <!-- Made by docs/build.py from docs/walkthrough.md: edit that. -->
@@ -463,6 +521,10 @@ def page(folder: Path = figures.RESULTS) -> str:
 {body}</main>
 <script>
 {script}</script>
+<script>
+{model}</script>
+<script>
+{watch}</script>
 </body>
 </html>
 """

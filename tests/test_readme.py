@@ -64,6 +64,8 @@ NOT_RUN = {
     "python experiments/bench/decoding.py --nanogpt FOLDER": "needs a checkout of nanoGPT and a GPU",
     "python experiments/probes/copying.py --jobs 2": "half an hour; tests/test_copying.py runs it for two steps",
     "python experiments/probes/rounding.py": "three quarters of an hour; tests/test_rounding.py runs it with small models",
+    "python train.py --attn mfa --optimizer muon --learning_rate 1e-2 --batch_size 32 --max_iters 700 --seed 1337":
+        "minutes; tests/test_live.py takes what it made",
     "python notebooks/build.py": "a minute and more; .ci/run executes every notebook",
     "python -m pytest --nbmake --nbmake-timeout=120 notebooks": ".ci/run does it",
 }
