@@ -1,8 +1,6 @@
 # %% [markdown]
 # # 1. FPBA: attention with nothing saved
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/mfa/blob/main/notebooks/01_fpba.ipynb)
-#
 # **The story.** Every attention in this course is one formula with some matrices made smaller. So we begin with the formula in
 # which *nothing* is made smaller: Fully Parameterized Bilinear Attention (FPBA). Nobody trains it. It is the yardstick: the
 # most an attention of this kind with at most $H$ heads can do, and what that would cost in parameters and in cache.
@@ -18,14 +16,8 @@
 # once.
 
 # %%
-import os
-import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("nb.py"):  # Colab holds this file alone: fetch the rest
-    fetch = "git clone -q --depth 1 https://github.com/OWNER/mfa mfa && pip install -q -e ./mfa"
-    subprocess.run(fetch, shell=True, check=True)
-    os.chdir("mfa/notebooks")
 sys.path[:0] = ["notebooks", ".", ".."]  # nb.py is in one of them
 import nb
 
@@ -34,9 +26,11 @@ nb.start()  # plot style, float64, seed, no gradients
 # %%
 import matplotlib.pyplot as plt
 import torch
-from nb import COLOR, MARKER, NAME, check, close
+from nb import COLOR, MARKER, NAME, close
 
 from mfa import ATTENTION, GPT, Config, KVCache, preset
+
+check, hint = nb.exercises("01")
 
 H, T = 6, 5
 x = torch.randn(T, H)  # T tokens; x[i] is the state of token i, a row of H numbers
@@ -304,8 +298,7 @@ assert kept["fpba"] == 2 * 2048**2 and kept["mha"] == 2 * 2048 > 2048 > kept["ml
 fpba_bytes = ...
 
 # %%
-right = 2 * 20 * ATTENTION["fpba"].counts(preset("paper-1b", "fpba")).kv_cache
-check(1, fpba_bytes, right, "Table 1 gives elements per token and layer; two bytes each.")
+check(1, fpba_bytes)
 
 # %% [markdown]
 # **2 (medium).** Use `state` from above (words in columns 0 to 2, positions in columns 3 to 8). Write a $W$, $(9, 9)$, whose
@@ -315,9 +308,8 @@ check(1, fpba_bytes, right, "Table 1 gives elements per token and layer; two byt
 W_answer = ...
 
 # %%
-right = ((words[:, None] == words) | (words == 2)).double()
 answer = ... if W_answer is ... else state @ W_answer @ state.T
-check(2, answer, right, "W[a, b] is the score when the looking token is word a, the other word b.")
+check(2, answer)
 
 # %% [markdown]
 # **3 (hard).** "One before" took rank 5 of 6 positions above. With better features for positions, rank 2 is enough. Let 12
@@ -332,7 +324,7 @@ W_circle = ...
 
 # %%
 answer = ... if W_circle is ... else attention_maps(circle, W_circle[None])[0].diagonal(-1).min() > 0.9
-check(3, answer, True, "x_i turned one step back is x_j for j = i - 1. Which matrix turns? How sharp must softmax be?")
+check(3, answer)
 
 # %% [markdown]
 # Worked solutions: [solutions/01_fpba_solutions.ipynb](solutions/01_fpba_solutions.ipynb). Next:

@@ -1,8 +1,6 @@
 # %% [markdown]
 # # 3. MLA: cache a latent, not the keys
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/mfa/blob/main/notebooks/03_mla.ipynb)
-#
 # **The story.** Notebook 01 asked why nobody caches the state $x_j$ and makes keys from it when they are needed. Multi-head
 # Latent Attention (MLA, from DeepSeek-V2) does just that, with a state made thin: a *latent* of width $C$. Keys and values
 # never have to exist. One trick makes this cheap, rotary positions break the trick, and a second trick repairs it. After that
@@ -18,14 +16,8 @@
 # **Time:** 50 minutes, exercises included. It runs in seconds. **Before:** 02 (heads as low-rank matrices).
 
 # %%
-import os
-import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("nb.py"):  # Colab holds this file alone: fetch the rest
-    fetch = "git clone -q --depth 1 https://github.com/OWNER/mfa mfa && pip install -q -e ./mfa"
-    subprocess.run(fetch, shell=True, check=True)
-    os.chdir("mfa/notebooks")
 sys.path[:0] = ["notebooks", ".", ".."]  # nb.py is in one of them
 import nb
 
@@ -36,10 +28,12 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
-from nb import check, close
+from nb import close
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfa import ATTENTION, GPT, Config, KVCache, preset, rotate
+
+check, hint = nb.exercises("03")
 
 cfg = Config(attn="mla", dim=32, n_head=4, head_dim=8, latent_dim=12, rope_dim=4, pos="none")
 H, m, d, C, T = cfg.dim, cfg.heads, cfg.head_dim, cfg.latent, 10
@@ -358,7 +352,7 @@ assert spread[128, 0.02]["MLA, Table 1"] < 0.001 < 0.05 < spread[128, 0.0]["MLA,
 lite_bytes = ...
 
 # %%
-check(1, lite_bytes, 2 * 27 * ATTENTION["mla"].counts(lite).kv_cache, "joint: C + d_r elements per layer.")
+check(1, lite_bytes)
 
 # %% [markdown]
 # **2 (medium).** Write the separate `mla` of the beginning as a joint MLA with a latent of width $2C$. Return its weights
@@ -377,7 +371,7 @@ if all(w is not ... for w in new.values()):
     kept = {f"{name}.weight": getattr(mla, name).weight for name in ("s_q", "q", "o")}
     double.load_state_dict({**kept, **{f"{name}.weight": w for name, w in new.items()}})
     answer = double(x)
-check(2, answer, mla(x), "put S_k and S_v side by side; k reads the first half of the latent and v the second.")
+check(2, answer, mla(x))
 
 # %% [markdown]
 # **3 (hard).** Where could a rotation stand so that nothing breaks? Between $K_c^T$ and $S_k^T$: then it turns the *latent*,
@@ -397,7 +391,7 @@ if all(w is not ... for w in new.values()):
     kept = {f"{name}.weight": getattr(mla, name).weight for name in ("s_q", "s_k", "s_v")}
     mfa.load_state_dict({**kept, **{f"{name}.weight": w for name, w in new.items()}})
     answer = mfa(x)
-check(3, answer, mla(x), "Q'_c = Q_c K_c^T and O'_c^T = V_c O_c^T; correct the scale; stack the heads as mfa.py does.")
+check(3, answer, mla(x))
 
 # %% [markdown]
 # Worked solutions: [solutions/03_mla_solutions.ipynb](solutions/03_mla_solutions.ipynb). Next: [04_mfa](04_mfa.ipynb) gives

@@ -1,12 +1,10 @@
 # %% [markdown]
 # # 6. The KV cache: bytes, memory, time
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/mfa/blob/main/notebooks/06_kv_cache.ipynb)
-#
 # **The story.** A KV cache is bytes: so many per token, times tokens, times sequences. We count them for every attention, check
 # the count on real caches, and redraw Table 2 and the right panel of Figure 3 from our own counts. Then the harder question:
-# when do fewer bytes mean less time? The roofline answers it, and the answer is not "always". The last section recomputes the
-# paper: every misprint and gap we know of, with its arithmetic.
+# when do fewer bytes mean less time? The roofline answers it, and the answer is not "always". An appendix recomputes
+# the paper: every misprint and gap we know of, with its arithmetic.
 #
 # **After this notebook you can**
 #
@@ -19,14 +17,8 @@
 # **Time:** 60 minutes, exercises included. It runs in about 15 seconds. **Before:** 04 and 05 (MFA and MFA-KR). 03 (MLA) helps.
 
 # %%
-import os
-import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("nb.py"):  # Colab holds this file alone: fetch the rest
-    fetch = "git clone -q --depth 1 https://github.com/OWNER/mfa mfa && pip install -q -e ./mfa"
-    subprocess.run(fetch, shell=True, check=True)
-    os.chdir("mfa/notebooks")
 sys.path[:0] = ["notebooks", ".", ".."]  # nb.py is in one of them
 import nb
 
@@ -40,9 +32,11 @@ from experiments.paper import containment
 import matplotlib.pyplot as plt
 from experiments.paper import tables as paper
 import torch
-from nb import COLOR, MARKER, NAME, check, close
+from nb import COLOR, MARKER, NAME, close
 
 from mfa import ATTENTION, GPT, Config, KVCache, preset
+
+check, hint = nb.exercises("06")
 
 # %% [markdown]
 # ## Bytes, counted and measured
@@ -363,7 +357,58 @@ plt.show()
 #
 # Even then, wherever there is a cache, a smaller one means more users or longer contexts on the same GPU.
 #
-# ## The paper, recomputed
+# **What this does not say.** Counts decide what a model costs. They say nothing about what it learns: notebook 07 trains them.
+#
+# ## Exercises
+#
+# **1 (easy).** Give the 70B shape (80 layers) an MFA with $C = 256$, as Step-3 has it. How many bytes of cache does one
+# sequence of 32,768 tokens take, at 16 bits?
+
+# %%
+sequence_bytes = ...
+
+# %%
+check(1, sequence_bytes)
+
+# %% [markdown]
+# **2 (medium).** By the formula, how many cached tokens $BS$ does it take until MFA's step is exactly `factor` times as fast as
+# MHA's? Write it for weights of `W` bytes, and `c_mha` and `c` bytes per cached token.
+
+
+# %%
+def tokens_for(factor, W, c_mha, c):
+    return ...
+
+
+# %%
+c_mha, c_mfa, answer = counted(model_1b["MHA"]), counted(model_1b["MFA"]), ...
+if tokens_for(2, W, c_mha, c_mfa) is not ...:
+    t = torch.tensor([tokens_for(factor, W, c_mha, c_mfa) for factor in (1, 2, 4, 6)])
+    answer = (W + t * c_mha) / (W + t * c_mfa)  # must come back as the factors
+check(2, answer)
+
+# %% [markdown]
+# **3 (hard).** How many heads may share one key before decoding waits for arithmetic? Write the largest $m$ at which the
+# intensity of MFA (`"mfa"`) or MFA-KR (`"mfa_kr"`) does not exceed `ridge`, if the cache has `bits` bits per element and `new`
+# tokens are decoded in one step (they read the cache once, together).
+
+
+# %%
+def most_heads(attn, ridge, bits=16, new=1):
+    return ...
+
+
+# %%
+cases = [("mfa", 16, 1), ("mfa_kr", 16, 1), ("mfa", 8, 1), ("mfa", 16, 4), ("mfa_kr", 4, 2)]
+answer = [most_heads(attn, 790 / 4.25, bits, new) for attn, bits, new in cases]
+check(3, answer)
+
+# %% [markdown]
+# Worked solutions: [solutions/06_kv_cache_solutions.ipynb](solutions/06_kv_cache_solutions.ipynb). Next:
+# [07_train_and_compare](07_train_and_compare.ipynb) trains what was counted here.
+
+# %% [markdown]
+# ## Appendix: the paper's misprints and gaps, recomputed
 #
 # What follows goes through the misprints and gaps that change a number, each with the arithmetic that shows it, grouped by what
 # shows them. (Notebooks 01 and 02 meet three that do not: a transpose in Eq. 1, the text's $nh = H$, and Table 1's shared
@@ -398,7 +443,7 @@ close("2. Eq. 9 and the class", S_v @ O_T, kr.vo_circuit())
 # 93.75% cut off. And Section 3 calls the shared subspaces of MFA and MLA "equivalent": both are $C$ in Table 1, but with the
 # experiments' $C$ they are 256 and 512.)
 #
-# **9. Numbers that do not add up.** Table 7's 6.9B leaves out the embeddings and takes 33 or 29 *routed* experts, with the
+# **4. Numbers that do not add up.** Table 7's 6.9B leaves out the embeddings and takes 33 or 29 *routed* experts, with the
 # shared one extra and a first dense FFN as wide as two experts and the shared one, which is stated nowhere. Then MFA-KR's
 # printed expert width, 1536, gives 7.0B; 1508, half of the shared width as in the other columns, gives 6.9B. Table 2's MFA
 # average is 50.0, not 49.9. Tables 3 and 4 disagree on the same model (6.36, 6.35). "10% more" parameters are 11% from the
@@ -416,7 +461,7 @@ for less, more, what in ((kr_, joint, "joint MLA"), (kr_, separate, "separate ML
 assert f"{1 - kr_ / joint:.0%}" == "56%" != f"{1 - kr_ / separate:.0%}" and 1 - kr_ / mha == 0.9375
 off = [f for f in paper.figures() if f.paper and not f.agrees]
 for f in off:
-    print(f"9. {f.where:12} {f.what:45} {paper.in_full(f):>14}, printed {f.paper}")
+    print(f"4. {f.where:12} {f.what:45} {paper.in_full(f):>14}, printed {f.paper}")
 assert [ATTENTION[c.attn].counts(c).shared_dim for c in (model_1b["MFA"], model_1b["MLA, joint"])] == [256, 512]
 assert {f.where for f in off} == {"Abstract", "Table 2", "Section 4.4", "Table 4", "Table 5", "Table 7", "Table 8"}
 total = {f.what: f.rounded for f in paper.table7()}
@@ -424,10 +469,10 @@ assert total["MFA-KR, experts as printed: parameters"] == "7.0B" and total["MFA-
 assert round(sum(paper.SCORES["mfa"]), 1) == 600.0 and round(100 * (1.20 / 1.08 - 1)) == 11
 
 # %% [markdown]
-# **4. The division at the start.** Output projections are divided by $\sqrt{2 \cdot \text{layer\_idx}}$. If the first layer has
+# **5. The division at the start.** Output projections are divided by $\sqrt{2 \cdot \text{layer\_idx}}$. If the first layer has
 # index 0, this divides by zero, so the index is a depth counted from 1.
 #
-# **5. The init does not transfer to small widths.** Multiply the standard deviations. With weights of std $s$ and states of
+# **6. The init does not transfer to small widths.** Multiply the standard deviations. With weights of std $s$ and states of
 # variance 1, a score of MHA has std $Hs^2$, of MFA $H \sqrt{C}\, s^3$, of Table 1's MLA $H C s^4$ (one factor $s$ for each
 # matrix). At $H = 2048$ the paper's 0.02 gives 0.8 for MHA. At $H = 128$ it leaves 0.05, 0.004 and 0.0003: uniform attention.
 # With $s = 0.02 \sqrt{2048/H}$ and $C = H/8$, all three are the same at every width. The std of a score is
@@ -437,7 +482,7 @@ assert round(sum(paper.SCORES["mfa"]), 1) == 600.0 and round(100 * (1.20 / 1.08 
 for depth in (1, 2, 12):
     layer = ATTENTION["mfa"](Config(dim=256), layer=depth - 1)
     ratio = (layer.q.weight.std() / layer.o.weight.std()).item()
-    print(f"4. depth {depth:2}: output projection smaller by {ratio:.3f}; sqrt(2 x {depth}) = {(2 * depth) ** 0.5:.3f}")
+    print(f"5. depth {depth:2}: output projection smaller by {ratio:.3f}; sqrt(2 x {depth}) = {(2 * depth) ** 0.5:.3f}")
     assert abs(ratio / (2 * depth) ** 0.5 - 1) < 0.02
 for H, std in ((2048, 0.02), (128, 0.02), (128, 0.08)):
     C, s = H // 8, 0.9866 * std
@@ -445,17 +490,17 @@ for H, std in ((2048, 0.02), (128, 0.02), (128, 0.08)):
         cfg = Config(attn=attn, dim=H, n_head=2, head_dim=H // 16, pos="none", init_std=std)
         layer = ATTENTION[attn](cfg)
         spread = (layer.scale * layer.qk_circuit().flatten(1).norm(dim=1)).mean().item()
-        print(f"5. H = {H:4}, std {std}: {NAME[attn]} starts with scores of std {spread:.4f}; formula {formula:.4f}")
+        print(f"6. H = {H:4}, std {std}: {NAME[attn]} starts with scores of std {spread:.4f}; formula {formula:.4f}")
         assert abs(spread / formula - 1) < 0.1
 
 # %% [markdown]
-# **6. Key reuse under RoPE.** The paper does not say whether the reused key is taken before or after its rotation. There are
+# **7. Key reuse under RoPE.** The paper does not say whether the reused key is taken before or after its rotation. There are
 # three readings (notebook 05), the same without rotary positions and different with them.
 #
-# **7. RoPE and the rank columns.** Under RoPE MFA's $W_c$ keeps rank $C$. MLA's has $d + d_r$, and the rank columns of Table 1
+# **8. RoPE and the rank columns.** Under RoPE MFA's $W_c$ keeps rank $C$. MLA's has $d + d_r$, and the rank columns of Table 1
 # leave the $d_r$ out.
 #
-# **10. Total effective rank** is a count, heads times rank. MFA's $mC$ is the rank of nothing: all $W_c$ together have rank $C$
+# **9. Total effective rank** is a count, heads times rank. MFA's $mC$ is the rank of nothing: all $W_c$ together have rank $C$
 # on the key side, since they share $S_k$, and rank $\min(H, \text{q\_rank})$ on the query side, since they share $S_q$.
 
 # %%
@@ -466,17 +511,17 @@ for pos in ("none", "rope"):
         torch.manual_seed(1)  # the same weights for all
         reused[pos, reading] = ATTENTION["mfa_kr"](Config(attn="mfa_kr", pos=pos, key_reuse_rope=reading, **small))(x)
     others = [(reused[pos, r] - reused[pos, "pre"]).abs().max().item() for r in ("post", "inverse")]
-    print(f"6. pos = {pos}: post and inverse differ from pre by {others[0]:.3f} and {others[1]:.3f}")
+    print(f"7. pos = {pos}: post and inverse differ from pre by {others[0]:.3f} and {others[1]:.3f}")
     assert (max(others) == 0) if pos == "none" else (min(others) > 0.01)
 rank = {a: paper.ranks(ATTENTION[a](Config(attn=a, pos="rope", **small)), offset=3) for a in ("mla", "mfa")}
 for attn, printed in dict(mla=4, mfa=8).items():
-    print(f"7. {NAME[attn]}: Table 1 has rank {printed} per head; under rope {rank[attn].heads}")
-print(f"10. MFA: m C = {6 * 8}; all W_c have rank {rank['mfa'].key_side} (keys) and {rank['mfa'].query_side} (queries)")
+    print(f"8. {NAME[attn]}: Table 1 has rank {printed} per head; under rope {rank[attn].heads}")
+print(f"9. MFA: m C = {6 * 8}; all W_c have rank {rank['mfa'].key_side} (keys) and {rank['mfa'].query_side} (queries)")
 assert rank["mla"].heads == [4 + 2] * 6 and rank["mfa"] == ([8] * 6, 8, 8)
 
 # %% [markdown]
-# **8. What ships.** Step-3 puts an RMSNorm on the query latent. A norm between the factors is not linear, so there is no $W_c$
-# and no Eq. 7: `factorization()` refuses. Its query rank is 2048, so item 10's query side is wider there.
+# **10. What ships.** Step-3 puts an RMSNorm on the query latent. A norm between the factors is not linear, so there is no $W_c$
+# and no Eq. 7: `factorization()` refuses. Its query rank is 2048, so item 9's query side is wider there.
 #
 # **11. Table 4 compares one class of functions with itself.** $M = I + N^T \operatorname{diag}(\alpha)$ folds into the output
 # projection, exactly, whatever $M$ is. The perplexities from 6.45 to 7.88 are differences of optimisation.
@@ -490,9 +535,9 @@ assert rank["mla"].heads == [4 + 2] * 6 and rank["mfa"] == ([8] * 6, 8, 8)
 try:
     raise AssertionError(ATTENTION["mfa"](Config(latent_norm=True, **small)).factorization(x))
 except ValueError as error:
-    print("8. factorization():", error)
+    print("10. factorization():", error)
 wide = paper.ranks(ATTENTION["mfa"](Config(pos="none", q_rank=20, **small)))
-print(f"8. with q_rank 20: rank {wide.query_side} on the query side, {wide.key_side} on the key side")
+print(f"10. with q_rank 20: rank {wide.query_side} on the query side, {wide.key_side} on the key side")
 assert (wide.query_side, wide.key_side) == (20, 8)
 for reuse in ("vanilla", "proj", "residual", "gated"):
     attn = ATTENTION["mfa_kr"](Config(attn="mfa_kr", key_reuse=reuse, **small))
@@ -502,59 +547,3 @@ for reuse in ("vanilla", "proj", "residual", "gated"):
 with_norm, without = (ATTENTION["mla"].counts(replace(model_1b["MLA, joint"], latent_norm=n)) for n in (True, False))
 print(f"12. the fair MLA caches {with_norm.kv_cache} elements; its norm adds {with_norm.params - without.params} parameters")
 assert with_norm.kv_cache == without.kv_cache == 576 and with_norm.params - without.params == 512
-
-# %% [markdown]
-# **What this does not say.** Counts decide what a model costs. They say nothing about what it learns: notebook 07 trains them.
-#
-# ## Exercises
-#
-# **1 (easy).** Give the 70B shape (80 layers) an MFA with $C = 256$, as Step-3 has it. How many bytes of cache does one
-# sequence of 32,768 tokens take, at 16 bits?
-
-# %%
-sequence_bytes = ...
-
-# %%
-seventy = Config(attn="mfa", latent_dim=256, **shapes["70B"])
-check(1, sequence_bytes, 32768 * counted(seventy), "two bytes, times 80 layers, times 2C elements, times the tokens.")
-
-# %% [markdown]
-# **2 (medium).** By the formula, how many cached tokens $BS$ does it take until MFA's step is exactly `factor` times as fast as
-# MHA's? Write it for weights of `W` bytes, and `c_mha` and `c` bytes per cached token.
-
-
-# %%
-def tokens_for(factor, W, c_mha, c):
-    return ...
-
-
-# %%
-c_mha, c_mfa, answer = counted(model_1b["MHA"]), counted(model_1b["MFA"]), ...
-if tokens_for(2, W, c_mha, c_mfa) is not ...:
-    t = torch.tensor([tokens_for(factor, W, c_mha, c_mfa) for factor in (1, 2, 4, 6)])
-    answer = (W + t * c_mha) / (W + t * c_mfa)  # must come back as the factors
-check(2, answer, [1.0, 2.0, 4.0, 6.0], "set (W + t c_mha) / (W + t c) equal to the factor and solve for t.")
-
-# %% [markdown]
-# **3 (hard).** How many heads may share one key before decoding waits for arithmetic? Write the largest $m$ at which the
-# intensity of MFA (`"mfa"`) or MFA-KR (`"mfa_kr"`) does not exceed `ridge`, if the cache has `bits` bits per element and `new`
-# tokens are decoded in one step (they read the cache once, together).
-
-
-# %%
-def most_heads(attn, ridge, bits=16, new=1):
-    return ...
-
-
-# %%
-cases = [("mfa", 16, 1), ("mfa_kr", 16, 1), ("mfa", 8, 1), ("mfa", 16, 4), ("mfa_kr", 4, 2)]
-answer, right = [most_heads(attn, 790 / 4.25, bits, new) for attn, bits, new in cases], []
-for attn, bits, new in cases:
-    fits = (intensity(Config(attn=attn, n_head=m)) * new * 16 / bits <= 790 / 4.25 for m in range(1, 1000))
-    right.append(sum(fits))
-answer = ... if answer[0] is ... else answer
-check(3, answer, right, "fewer bits: fewer bytes. More new tokens: more operations on the same bytes.")
-
-# %% [markdown]
-# Worked solutions: [solutions/06_kv_cache_solutions.ipynb](solutions/06_kv_cache_solutions.ipynb). Next:
-# [07_train_and_compare](07_train_and_compare.ipynb) trains what was counted here.

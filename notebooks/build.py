@@ -4,6 +4,9 @@ Each notebooks/NN_name.py, a script in jupytext's percent format, is executed in
 NN_name.ipynb with its outputs; likewise notebooks/solutions/. NAME is any part of a name: `04` is 04_mfa and its
 solutions. What would change from run to run (times, cell ids, the Python version) is left out, so that a rebuild
 shows only real differences. --check executes nothing and says which notebooks differ from their scripts.
+
+If the git remote `origin` is a GitHub repository, each notebook gets a badge that opens it in Colab and a first cell
+that fetches the rest there. The scripts have neither, and --check accepts notebooks with and without.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import base64
 import io
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,15 +25,55 @@ from nbclient import NotebookClient
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = "OWNER/mfa"  # on GitHub; the one place: a rebuild writes it into every badge and first cell
+GITHUB = re.compile(r"github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?$")
+COLAB = "https://colab.research.google.com"
+FETCH = '''\
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("nb.py"):  # Colab holds this file alone: fetch the rest
+    fetch = "git clone -q --depth 1 https://github.com/{repository} mfa && pip install -q -e ./mfa"
+    subprocess.run(fetch, shell=True, check=True)
+    os.chdir("mfa/notebooks")
+'''
 
 
 def scripts() -> list[Path]:
     return sorted(HERE.glob("[0-9]*.py")) + sorted((HERE / "solutions").glob("[0-9]*.py"))
 
 
-def with_repository(text: str) -> str:
-    return re.sub(r"(//github\.com/|google\.com/github/)[\w-]+/[\w-]+", rf"\g<1>{REPOSITORY}", text)
+def repository() -> str | None:
+    """OWNER/NAME of the git remote, if it is on GitHub."""
+    ask = ["git", "-C", str(HERE), "remote", "get-url", "origin"]
+    try:
+        url = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return None
+    found = GITHUB.search(url)
+    return found[1] if found else None
+
+
+def badge(script: Path, repo: str) -> str:
+    path = script.relative_to(HERE).with_suffix(".ipynb").as_posix()
+    return f"[![Open In Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/{repo}/blob/main/notebooks/{path})\n\n"
+
+
+def with_colab(notebook: nbformat.NotebookNode, script: Path, repo: str) -> None:
+    """Puts the badge below the title, and what fetches the repository into the first code cell."""
+    title, rest = notebook.cells[0].source.split("\n\n", 1)
+    notebook.cells[0].source = f"{title}\n\n{badge(script, repo)}{rest}"
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first.source = first.source.replace("import sys\n\n", FETCH.format(repository=repo), 1)
+
+
+def without_colab(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """What with_colab has added, whatever the repository, taken away."""
+    notebook.cells[0].source = re.sub(r"\[!\[Open In Colab\].*\n\n", "", notebook.cells[0].source)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    fetch = re.escape(FETCH).replace(re.escape("{repository}"), r"[\w.-]+/[\w.-]+")
+    first.source = re.sub(fetch, "import sys\n\n", first.source)
+    return notebook
 
 
 def read(script: Path) -> nbformat.NotebookNode:
@@ -56,7 +100,7 @@ def in_step(script: Path) -> bool:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     ran = [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     failed = any(output.output_type == "error" for cell in code for output in cell.outputs)
-    return sources(notebook) == sources(read(script)) and ran and not failed
+    return sources(without_colab(notebook)) == sources(read(script)) and ran and not failed
 
 
 def shrink(notebook: nbformat.NotebookNode) -> None:
@@ -70,10 +114,9 @@ def shrink(notebook: nbformat.NotebookNode) -> None:
 
 
 def build(script: Path) -> None:
-    text = script.read_text(encoding="utf-8")
-    if with_repository(text) != text:
-        script.write_text(with_repository(text), encoding="utf-8")
-    notebook, start = read(script), time.perf_counter()
+    notebook, repo, start = read(script), repository(), time.perf_counter()
+    if repo:
+        with_colab(notebook, script, repo)
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True)
     client.execute(cwd=script.parent)
     seconds = time.perf_counter() - start

@@ -1,11 +1,13 @@
 """What the notebooks share: paths, plot style, the two checks, a small training loop.
 
-close(what, a, b)               two tensors agree: prints the largest difference, raises
-                                AssertionError beyond `tol`
-check(n, answer, right, hint)   an exercise: right, not yet (with the hint), or not answered while
-                                it is still `...`
+close(what, a, b)       two tensors agree: prints the largest difference, raises AssertionError
+                        beyond `tol`
+check(n, answer)        an exercise: right, not yet (with the hint), or not answered while it is
+                        still `...`; check(n, answer, right) where what is right is no secret
+hint(n)                 the hint, for whoever wants it before a try
 
-Everything else the notebooks write out.
+check, hint = nb.exercises("04") gives the last two for one notebook; what is right stands in
+reference.py. Everything else the notebooks write out.
 """
 
 import sys
@@ -21,6 +23,7 @@ if str(ROOT) not in sys.path:
 
 import train as recipe  # noqa: E402
 from mfa import GPT, Config  # noqa: E402
+from reference import REFERENCE  # noqa: E402
 from support.machine import Machine  # noqa: E402
 from support.palette import COLOR, MARKER, NAME  # noqa: E402, F401
 
@@ -55,26 +58,45 @@ def close(what: str, a: Tensor, b: Tensor, tol: float = 1e-12) -> None:
 OUTCOME: dict[int, bool] = {}  # of the exercises checked so far
 
 
-def check(number: int, answer, right, hint: str, tol: float = 1e-9) -> None:
-    """Tell whether `answer` is `right`: a number, a bool or a tensor.
+def exercises(notebook: str):
+    """check and hint for the exercises of a notebook, "01" to "07"."""
+    known = REFERENCE[notebook]
 
-    While it is `...`, only the hint is printed.
-    """
-    OUTCOME[number] = False
-    if answer is ...:
-        print(f"Exercise {number}: not answered yet. Hint: {hint}")
-        return
+    def hint(number: int) -> None:
+        """Print the hint of an exercise."""
+        print(f"Exercise {number}, hint: {known[number].hint}")
+
+    def check(number: int, answer, right=None, tol: float = 1e-9) -> None:
+        """Tell whether `answer` is right: a number, a bool, a list or a tensor."""
+        right = known[number].right() if right is None else right
+        OUTCOME[number] = False
+        if is_open(answer):
+            print(f"Exercise {number}: not answered yet. For a hint: hint({number})")
+            return
+        wrong = difference(answer, right, tol)
+        if wrong is not None:
+            print(f"Exercise {number}: not yet{wrong}.")
+            hint(number)
+            return
+        OUTCOME[number] = True
+        print(f"Exercise {number}: right.")
+
+    return check, hint
+
+
+def is_open(answer) -> bool:
+    """Is it, or a part of it, still `...`?"""
+    parts = answer if isinstance(answer, (list, tuple)) else [answer]
+    return any(part is ... for part in parts)
+
+
+def difference(answer, right, tol: float) -> str | None:
+    """What is wrong with an answer, as the end of a sentence; None if nothing is."""
     a, b = (torch.as_tensor(value).detach().double() for value in (answer, right))
     if a.shape != b.shape:
-        shapes = f"the shape is {tuple(a.shape)} and should be {tuple(b.shape)}"
-        print(f"Exercise {number}: not yet, {shapes}. Hint: {hint}")
-        return
+        return f", the shape is {tuple(a.shape)} and should be {tuple(b.shape)}"
     close_enough = (a - b).abs().max() <= tol * b.abs().max().clamp_min(1e-30)
-    if not close_enough:  # NaN is not
-        print(f"Exercise {number}: not yet. Hint: {hint}")
-        return
-    OUTCOME[number] = True
-    print(f"Exercise {number}: right.")
+    return None if close_enough else ""  # NaN is not close
 
 
 def all_right(how_many: int = 3) -> None:
@@ -97,7 +119,7 @@ def shakespeare() -> tuple[Tensor, Tensor, str]:
 
 @torch.enable_grad()
 def fit(model: GPT, ids: Tensor, steps: int, watch=None, seed: int = 0, lr: float = 3e-3,
-        batch_size: int = 16) -> list[float]:  # fmt: skip
+        batch_size: int = 16, optimizer: str = "adamw") -> list[float]:  # fmt: skip
     """Train by train.py's recipe and train_step; the training losses, one a step.
 
     watch(step, model) is called when the gradients of a step are there, before they are clipped,
@@ -105,10 +127,10 @@ def fit(model: GPT, ids: Tensor, steps: int, watch=None, seed: int = 0, lr: floa
     """
     args = recipe.Train(
         model=model.cfg, max_iters=steps, batch_size=batch_size, learning_rate=lr, seed=seed,
-        warmup_iters=max(1, steps // 20),
+        warmup_iters=max(1, steps // 20), optimizer=optimizer,
     )  # fmt: skip
     machine, losses = Machine("cpu"), []
-    optimizer = recipe.make_optimizer(model.train(), args)
+    both = recipe.make_optimizer(model.train(), args)
     loss_of = machine.loss_function(model)
 
     def before_the_weights_move(*_) -> None:
@@ -116,12 +138,13 @@ def fit(model: GPT, ids: Tensor, steps: int, watch=None, seed: int = 0, lr: floa
             watch(step, model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
 
-    optimizer.register_step_pre_hook(before_the_weights_move)
+    first = both.muon if optimizer == "muon" else both  # of two optimizers the first one to step
+    first.register_step_pre_hook(before_the_weights_move)
     for step in range(steps):
-        recipe.set_learning_rate(optimizer, recipe.learning_rate(step, args))
+        recipe.set_learning_rate(both, recipe.learning_rate(step, args))
         starts = recipe.batch_starts(args, step, len(ids))
         tokens = recipe.take(ids, starts, model.cfg.block_size + 1, machine.device)  # (B, T + 1)
-        loss, _ = recipe.train_step(model, loss_of, [tokens], optimizer, machine, clip=0)
+        loss, _ = recipe.train_step(model, loss_of, [tokens], both, machine, clip=0)
         losses.append(loss.item())
     return losses
 

@@ -43,6 +43,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
+def count(model: GPT) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 def plain(args: Any) -> dict:
     """Flags as a checkpoint keeps them: no objects, and files where any folder finds them."""
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
@@ -96,13 +100,14 @@ class Progress:
         """All that is needed to go on."""
         python = sys.version.split()[0]
         versions = dict(torch=str(torch.__version__), numpy=np.__version__, python=python)
+        counted = dict(params=count(model), cache_bytes=cache_bytes(model.cfg))
         return dict(
             model=model.state_dict(), optimizer=optimizer.state_dict(),
             scaler=self.machine.scaler.state_dict(), rng=torch.get_rng_state(), step=self.step,
             tokens=self.step * self.args.batch_size * self.args.model.block_size,
             best_loss=self.best_loss, seconds=self.seconds, config=asdict(model.cfg),
             tokenizer=self.meta["tokenizer"], data=source_of(self.meta), args=plain(self.args),
-            versions=versions,
+            versions=versions, counted=counted,  # compare.py runs no plug-in to know them
         )  # fmt: skip
 
     def restore(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
@@ -232,7 +237,7 @@ class Progress:
     def describe(self, model: GPT, mha: Config, n_mha: int, n_tokens: tuple[int, int]) -> None:
         """What is going to be trained, on what, and where it goes. n_mha: parameters of MHA's."""
         args, machine, cfg, run = self.args, self.machine, model.cfg, self.run
-        n = sum(p.numel() for p in model.parameters())
+        n = count(model)
         sizes = f"{cfg.n_layer} layers, dim {cfg.dim}, {cfg.heads} heads, context {cfg.block_size}"
         machine.print(f"{cfg.attn}: {sizes}, on {machine.device}, {str(machine.dtype)[6:]}")
         widths = f"(FFN {cfg.ffn} wide, MHA's {mha.ffn})"
@@ -259,7 +264,7 @@ class Progress:
         with attention_kernels(device, decoding=True):
             ids = model.generate(prompt, 200, temperature=0.8, generator=g)[0, 1:]
         ids = ids[ids < tokenizer.n_vocab]  # --vocab_size may leave room beyond the tokenizer's
-        attn, n = model.cfg.attn, sum(p.numel() for p in model.parameters())
+        attn, n = model.cfg.attn, count(model)
         value = f"{ckpt['best_loss']:.4f} nats per {self.unit}"
         print(f"\na sample at temperature 0.8:\n{tokenizer.decode(ids.tolist()).strip()}\n")
         print(f"{attn}: best validation loss {value}, at step {ckpt['step']}")
@@ -300,7 +305,10 @@ class Progress:
         elif self.machine.first:
             self.plot()
             self.finish(mha)
+            from support.compare import compare_neighbours  # which imports this file
+
+            compare_neighbours(self.run.folder)
         return dict(
             out=self.run.folder, step=self.step, best_loss=self.best_loss, seconds=self.seconds,
-            params=sum(p.numel() for p in model.parameters()), stopped=stopped,
+            params=count(model), stopped=stopped,
         )  # fmt: skip

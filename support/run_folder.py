@@ -33,8 +33,8 @@ CONTENTS = dict(
 # Checkpoints
 
 
-def load_checkpoint(path: Path, map_location="cpu") -> dict:
-    """What train.py saved. Nothing in the file is executed.
+def load_checkpoint(path: Path, map_location="cpu", mmap: bool = False) -> dict:
+    """What train.py saved. Nothing in the file is executed. mmap: weights are read when used.
 
     Raises BadInput if it is not a checkpoint of this version.
     """
@@ -45,7 +45,7 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
     give = "give a best.pt or latest.pt of a run"
     try:
         with warnings.catch_warnings(action="ignore"):  # what torch finds odd about other files
-            ckpt = torch.load(path, map_location=map_location, weights_only=True)
+            ckpt = torch.load(path, map_location, weights_only=True, mmap=mmap)
     except Exception as e:  # a damaged file can raise nearly anything
         damaged = "is not a checkpoint of train.py, or a damaged one"
         what = damaged if path.stat().st_size else "is empty"

@@ -1,19 +1,11 @@
 # %% [markdown]
 # # 3. MLA: worked solutions
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/mfa/blob/main/notebooks/solutions/03_mla_solutions.ipynb)
-#
 # The exercises of [03_mla](../03_mla.ipynb). Try them there first.
 
 # %%
-import os
-import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("nb.py"):  # Colab holds this file alone: fetch the rest
-    fetch = "git clone -q --depth 1 https://github.com/OWNER/mfa mfa && pip install -q -e ./mfa"
-    subprocess.run(fetch, shell=True, check=True)
-    os.chdir("mfa/notebooks")
 sys.path[:0] = ["notebooks", ".", ".."]  # nb.py is in one of them
 import nb
 
@@ -23,14 +15,15 @@ nb.start()  # plot style, float64, seed, no gradients
 from dataclasses import replace
 
 import torch
-from nb import check, close
+from nb import close
 
-from mfa import ATTENTION, Config, preset
+from mfa import ATTENTION, Config
+
+check, hint = nb.exercises("03")
 
 cfg = Config(attn="mla", dim=32, n_head=4, head_dim=8, latent_dim=12, rope_dim=4, pos="none")
 H, m, d, C = cfg.dim, cfg.heads, cfg.head_dim, cfg.latent
 mla, x = ATTENTION["mla"](cfg), torch.randn(1, 10, H)
-hint = "see the notebook."
 
 
 def heads_of(linear):
@@ -42,8 +35,7 @@ def heads_of(linear):
 
 # %%
 lite_bytes = (512 + 64) * 27 * 2
-lite = preset("paper-1b", "mla", latent_dim=512, rope_dim=64, joint_kv=True)
-check(1, lite_bytes, 2 * 27 * ATTENTION["mla"].counts(lite).kv_cache, hint)
+check(1, lite_bytes)
 
 # %% [markdown]
 # **2.** One wide latent holds both narrow ones. `k` has zeros where the value's half is, `v` where the key's half is. Half of
@@ -65,7 +57,7 @@ def filled(cfg, mla, same, new):
 
 
 double = filled(replace(cfg, joint_kv=True, latent_dim=2 * C, q_rank=C), mla, ("s_q", "q", "o"), as_joint(mla))
-check(2, double(x), mla(x), hint)
+check(2, double(x), mla(x))
 
 # %% [markdown]
 # **3.** $W_c = S_q (Q_c K_c^T) S_k^T$ has MFA's form with $Q'_c = Q_c K_c^T \sqrt{C/d}$, and $U_c = S_v (V_c O_c^T)$ has it
@@ -84,7 +76,7 @@ def as_mfa(mla):
 
 
 mfa = filled(replace(cfg, attn="mfa"), mla, ("s_q", "s_k", "s_v"), as_mfa(mla))
-check(3, mfa(x), mla(x), hint)
+check(3, mfa(x), mla(x))
 print("rank of each W_c:", torch.linalg.matrix_rank(mfa.qk_circuit()).tolist(), "of", C)
 
 # %%

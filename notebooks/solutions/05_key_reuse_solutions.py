@@ -1,19 +1,11 @@
 # %% [markdown]
 # # 5. Key reuse: worked solutions
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/mfa/blob/main/notebooks/solutions/05_key_reuse_solutions.ipynb)
-#
 # The exercises of [05_key_reuse](../05_key_reuse.ipynb). Try them there first.
 
 # %%
-import os
-import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("nb.py"):  # Colab holds this file alone: fetch the rest
-    fetch = "git clone -q --depth 1 https://github.com/OWNER/mfa mfa && pip install -q -e ./mfa"
-    subprocess.run(fetch, shell=True, check=True)
-    os.chdir("mfa/notebooks")
 sys.path[:0] = ["notebooks", ".", ".."]  # nb.py is in one of them
 import nb
 
@@ -24,23 +16,23 @@ from dataclasses import replace
 
 from experiments.paper import containment
 import torch
-from nb import check
 
 from mfa import ATTENTION, Config
+
+check, hint = nb.exercises("05")
 
 cfg = Config(attn="mfa_kr", dim=32, n_head=4, latent_dim=8, pos="none")
 H, m, C = cfg.dim, cfg.heads, cfg.latent
 kr, x = ATTENTION["mfa_kr"](cfg), torch.randn(1, 10, cfg.dim)
 kr.alpha.copy_(torch.randn(C))
 M = torch.eye(C) + kr.n.weight.T @ kr.alpha.diag()
-hint = "see the notebook."
 
 # %% [markdown]
 # **1.** $256 \times 24 \times 2 = 12{,}288$ bytes, Table 2's 12.3K.
 
 # %%
 kr_bytes = 256 * 24 * 2
-check(1, kr_bytes, 2 * 24 * ATTENTION["mfa_kr"].counts(Config(attn="mfa_kr", dim=2048)).kv_cache, hint)
+check(1, kr_bytes)
 
 # %% [markdown]
 # **2.** $M O_c^T$ for every head, $(m, C, H)$; stacked on the rows it is the transpose of the weight.
@@ -55,7 +47,7 @@ def folded_output(attn):
 plain = ATTENTION["mfa_kr"](replace(cfg, key_reuse="vanilla"))
 weights = {**kr.state_dict(), "o.weight": folded_output(kr)}
 plain.load_state_dict({name: w for name, w in weights.items() if name not in ("n.weight", "alpha")})
-check(2, plain(x), kr(x), hint)
+check(2, plain(x), kr(x))
 
 # %% [markdown]
 # **3.** A least-squares problem with $C$ columns: $\min_M \|S_k M - S_v\|$. The layer stores $S_k^T$ and $S_v^T$.
@@ -66,7 +58,7 @@ def recover_M(mfa):
     return torch.linalg.lstsq(mfa.s_k.weight.T, mfa.s_v.weight.T).solution
 
 
-check(3, recover_M(containment.mfakr_to_mfa(kr)), M, hint)
+check(3, recover_M(containment.mfakr_to_mfa(kr)), M)
 
 # %% [markdown]
 # For a random MFA the best $M$ leaves most of $S_v$ unexplained. Its columns are random directions of $\mathbb R^H$, and the
