@@ -201,7 +201,13 @@ def generate_texts(args: Sample) -> None:
         decode=fast_decode(model, args),
     )  # fmt: skip
     loss = f"best validation loss {ckpt['best_loss']:.4f}"
-    print(f"{path}: {cfg.attn}, step {ckpt['step']}, {loss}\n", flush=True)
+    print(f"{path}: {cfg.attn}, step {ckpt['step']}, {loss}")
+    if args.temperature == 0 and not args.prompt:
+        print(
+            "no --prompt: the text begins after the end of a line or of a document, and at "
+            "--temperature 0 what follows may be such an end again, for ever: blank lines"
+        )
+    print(flush=True)
 
     idx, seconds, made = torch.tensor([prompt], device=device), 0.0, 0  # idx: (1, T)
     for k in range(args.num_samples):

@@ -137,7 +137,7 @@ class Machine:
     signal                what ends the training early, known to all processes alike; 0: nothing
     """
 
-    def __init__(self, device: str = "auto", dtype: str = "auto"):
+    def __init__(self, device: str = "auto", dtype: str = "auto", threads: int = 0):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
@@ -148,9 +148,13 @@ class Machine:
         self.dtype = pick_dtype(dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.signals, self.signal, self.parallel = Signals(), 0, None
+        self.threads, self.threads_before = threads, 0
 
     def __enter__(self) -> "Machine":
         keep_memory(self.device)
+        if self.threads:
+            self.threads_before = torch.get_num_threads()
+            torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision("high")
         if self.world > 1:
             gpu = self.device if self.device.type == "cuda" else None
@@ -158,6 +162,8 @@ class Machine:
         return self
 
     def __exit__(self, *_) -> None:
+        if self.threads_before:
+            torch.set_num_threads(self.threads_before)
         if self.world > 1:
             dist.destroy_process_group()
 

@@ -233,8 +233,9 @@ def main(args: Args) -> None:
     phases = ", ".join(f"{n} in {phase}" for phase, n in result["died_in"].items())
     ways = ", ".join(f"{n} by {way}" for way, n in result["by"].items())
     print(
-        f"{args.kills} kills ({ways}; {phases}): no unreadable file, {result['steps_done_twice']} steps "
-        f"done twice, the end identical to the uninterrupted run's; {result['seconds']} s"
+        f"{args.kills} kills ({ways}; {phases}): no unreadable file, "
+        f"{result['steps_done_twice']} steps done twice, the end identical to the uninterrupted "
+        f"run's; {result['seconds']} s"
     )
     if args.results:
         args.results.parent.mkdir(parents=True, exist_ok=True)
