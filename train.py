@@ -217,7 +217,7 @@ def open_text(args: Train, machine: Machine, origin: dict | None) -> Tokens:
 
     With --init_from it gets the tokens of the checkpoint origin.
     """
-    tokenizer = origin["tokenizer"] if origin and args.init_from else args.tokenizer
+    tokenizer = origin["tokenizer"] if origin else args.tokenizer
     folder = machine.once(
         lambda: prepare(
             dataset=args.dataset,

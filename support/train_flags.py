@@ -85,13 +85,14 @@ def flags_from(ckpt: dict, path: Path) -> dict:
 
 
 def origin_of(args: Any, run: Run) -> dict | None:
-    """The checkpoint whose weights come first: the run's own, else that of --init_from, else none.
-
-    BadInput if flags contradict the latter.
+    """The checkpoint that --init_from names; of a run that goes on, which needs it no more, the
+    run's own; None where the run began or begins by itself. BadInput if flags contradict it.
     """
+    if run.checkpoint:
+        return run.checkpoint if run.checkpoint["args"].get("init_from") else None
+    if not args.init_from:
+        return None
     path = args.init_from
-    if run.checkpoint or not path:
-        return run.checkpoint
     ckpt = load_checkpoint(path)
     taken = flags_from(ckpt, path)
     there, here = (
