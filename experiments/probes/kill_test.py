@@ -114,7 +114,7 @@ def kill_once(
             time.sleep(rng.uniform(0, min(startups)))
         else:
             done = lines_with_steps(process)
-            next(done)
+            next(done, None)
             startups.append(time.perf_counter() - began)
             next((step for step in done if step >= target), None)
             if phase == "writing":
