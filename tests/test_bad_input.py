@@ -347,7 +347,7 @@ TABLE = {
     "begun with no file": (nothing, "train.py --init_from a.pt", "checkpoint a.pt is not there: train one with python train.py"),
     "begun with a folder": (nothing, "train.py --init_from run", "checkpoint run is a folder: give run/best.pt"),
     "begun with a text": (nothing, "train.py --init_from play.txt", "play.txt is not a checkpoint of train.py"),
-    "begun without a value": (nothing, "train.py --init_from", "Missing value for argument '--init_from'"),
+    "begun without a value": (nothing, "train.py --init_from", "Missing value for argument", "--init_from"),
     "begun at another width": (nothing, "train.py --init_from run/best.pt --dim 64", "--init_from run/best.pt: ", "dim is 32 there, not 64", "leave these flags out"),
     "begun with another attention": (nothing, "train.py --init_from run/best.pt --attn mha", "attn is 'mfa' there, not 'mha'"),
     "begun with a malformed tokenizer": (
