@@ -27,7 +27,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from support import text_files
-from support.cli import BadInput, progress_bar, run_command
+from support.cli import BadInput, progress_bar, run_command, typed
 from support.corpora import (
     CHARACTERS,
     CORPORA,
@@ -399,7 +399,7 @@ def fraction_cut(ids: np.ndarray, eot: int, context: int) -> float:
 def unescape(text: str | None) -> str | None:
     """Line ends and tabs as one writes them in a shell: \\n, \\r, \\t, and \\\\ for a backslash."""
     meant = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
-    return text and re.sub(r"\\([nrt\\])", lambda match: meant[match[1]], text)
+    return text and re.sub(r"\\([nrt\\])", lambda match: meant[match[1]], typed(text))
 
 
 def main(args: Args) -> None:

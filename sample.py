@@ -8,7 +8,6 @@ made; the last line says how fast it was and how large the cache. `stream` is th
 
 import codecs
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mfa import GPT, KVCache, cache_bytes, check_ids, check_sampling, draw, evaluating, require
-from support.cli import BadInput, run_command
+from support.cli import BadInput, run_command, typed
 from support.decode import Decoder
 from support.machine import attention_kernels, is_out_of_memory, pick_device
 from support.run_folder import load_checkpoint, model_from
@@ -145,11 +144,6 @@ def newest_checkpoint(out: Path = Path("out")) -> Path:
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
     best = newest.with_name("best.pt")
     return best if best.is_file() else newest
-
-
-def typed(prompt: str) -> str:
-    """The prompt in UTF-8, where the terminal's encoding is another."""
-    return os.fsencode(prompt).decode("utf-8", "surrogateescape")
 
 
 def encode_prompt(args: Sample, tokenizer, block_size: int) -> list[int]:

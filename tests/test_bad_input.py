@@ -314,6 +314,10 @@ TABLE = {
     "negative learning rate": (nothing, "train.py --learning_rate -0.1", "--learning_rate must be positive, not -0.1"),
     "learning rate NaN": (nothing, "train.py --learning_rate nan", "--learning_rate must be positive, not nan"),
     "endless learning rate": (nothing, "train.py --learning_rate inf", "--learning_rate must be positive, not inf"),
+    "a rate that climbs": (
+        nothing, "train.py --learning_rate 1e-6", "--min_lr 1e-05 is more than the peak, --learning_rate 1e-06: give at most that",
+    ),
+    "a rate that climbs by its minimum": (nothing, "train.py --min_lr 0.1", "--min_lr 0.1 is more than the peak, --learning_rate 0.003"),
     "negative decay": (nothing, "train.py --weight_decay -1", "--weight_decay must not be negative, not -1.0"),
     "seed too large": (nothing, "train.py --seed 4294967296", "--seed must be less than 2^32"),
     "context longer than the text": (
