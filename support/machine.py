@@ -125,7 +125,7 @@ class Signals:
     def python_ends(self) -> None:
         self.caught = signal.SIGINT
         self.left.wait()
-        time.sleep(0.2)  # for the thread to end; Python, interrupted in join(), does not wait for it
+        time.sleep(0.2)  # for the thread to end, which a join() that was interrupted does not do
 
     def leave(self) -> None:
         """The last word of the training is said."""
