@@ -27,7 +27,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from support import text_files
-from support.cli import BadInput, progress_bar, run_command
+from support.cli import BadInput, progress_bar, run_command, typed
 from support.corpora import (
     CHARACTERS,
     CORPORA,
@@ -157,18 +157,24 @@ def scan(corpus: Corpus, files: list[tuple[str, Path]], label: str, tokenizer: s
 
 def folder_for(
     dataset: str,
-    tokenizer: str,
+    tokenizer: str | dict,
     vocab_size: int | None,
     file: str | None = None,
     data_dir: str | Path = DATA,
 ) -> Path:
-    """Where a data set is kept: <data_dir>/<name>-<tokenizer>, as in python-bpe8192."""
+    """Where a data set is kept: <data_dir>/<name>-<tokenizer>, as in python-bpe8192.
+
+    Of a tokenizer that is given by its spec() the name has its sum: python-bpe.5f3a09c1.
+    """
     if file is not None:  # "file-" keeps a text of the user's called shakespeare.txt apart
         name = Path(os.path.abspath(file)).name
         if not Path(file).is_dir():
             name = name.removesuffix(".txt")
         dataset = "file-" + re.sub(r"[^\w.-]+", "-", name)
     size = str(vocab_size or DEFAULT_VOCAB) if tokenizer == "bpe" else ""
+    if isinstance(tokenizer, dict):
+        spec = json.dumps(tokenizer, sort_keys=True).encode()
+        tokenizer, size = tokenizer["kind"], f".{hashlib.sha256(spec).hexdigest()[:8]}"
     return Path(data_dir) / f"{dataset}-{tokenizer}{size}"
 
 
@@ -176,7 +182,7 @@ def prepare(
     dataset: str = "shakespeare",
     file: str | None = None,
     source: str | None = None,
-    tokenizer: str = "char",
+    tokenizer: str | dict = "char",
     vocab_size: int | None = None,
     data_dir: str | Path = DATA,
     overwrite: bool = False,
@@ -186,15 +192,17 @@ def prepare(
 
     dataset: a name in CORPORA. file: a text file or folder of the user's own instead. source: the
     file or folder that has the corpus' text, instead of a download. tokenizer: char, byte, bpe or
-    gpt2. vocab_size: of bpe, the 256 bytes and the end-of-text token included (8192).
-    overwrite: make it in any case. separator: the text that stands between the documents of file,
-    "" for none, None for the one that an earlier call gave.
+    gpt2, or the spec() of one that there is already. vocab_size: of bpe, the 256 bytes and the
+    end-of-text token included (8192). overwrite: make it in any case. separator: the text that
+    stands between the documents of file, "" for none, None for the one that an earlier call gave.
 
     The three files appear together or not at all. One that is there is made again only if its text
     has changed, never because it is damaged. Raises BadInput for that and for what else the user
     got wrong, OSError for what the disk refuses.
     """
-    check_flags(dataset, file, source, tokenizer, vocab_size, data_dir, separator)
+    tok = tokenizer_from(tokenizer) if isinstance(tokenizer, dict) else None
+    kind = tokenizer["kind"] if tok else tokenizer
+    check_flags(dataset, file, source, kind, vocab_size, data_dir, separator)
     folder = folder_for(dataset, tokenizer, vocab_size, file, data_dir)
     finish_replacing(folder, DATA_SET)
     old = read_meta(folder) if is_data_set(folder) and not overwrite else {}
@@ -212,11 +220,13 @@ def prepare(
         label = f"the standard library of Python {platform.python_version()}"
     else:
         label = Path(os.path.abspath(file)).name
-    text = scan(corpus, files, label, tokenizer)
+    text = scan(corpus, files, label, kind)
     if old and (old["sources"], old.get("separator", "")) == (text.sources, separator):
         return folder
 
-    tok = make_tokenizer(tokenizer, vocab_size or DEFAULT_VOCAB, text)
+    if isinstance(tok, CharTokenizer):
+        require_known(text, tok)
+    tok = tok or make_tokenizer(kind, vocab_size or DEFAULT_VOCAB, text)
     meta = {
         "version": VERSION,
         "dataset": folder.name[: folder.name.rindex("-")],
@@ -304,6 +314,25 @@ def make_tokenizer(kind: str, vocab_size: int, text: Text) -> Tokenizer:
     return BPETokenizer(tokens, PATTERN)
 
 
+def require_known(text: Text, tok: CharTokenizer) -> None:
+    """BadInput names the text's first character that a tokenizer of other characters lacks."""
+    unknown = set(text.characters) - set(tok.characters)
+    if not unknown:
+        return
+    pattern = re.compile(f"[{re.escape(''.join(unknown))}]")
+    for part in text.parts:
+        position = part.start
+        for piece in slice_text(read_text(part.path, text.raw), part.start, part.stop):
+            found = pattern.search(piece)
+            if found:
+                character = f"{found[0]!r} (U+{ord(found[0]):04X})"
+                where = f"character {character} at position {position + found.start():,}"
+                reason = f"is not among the {tok.n_vocab} characters of the checkpoint's tokenizer"
+                advice = "remove it, or begin with a checkpoint of --tokenizer byte or bpe"
+                raise BadInput(f"{part.path}: {where} {reason}; {advice}")
+            position += len(piece)
+
+
 def write_tokens(folder: Path, split: str, text: Text, tok: Tokenizer) -> dict[str, int]:
     """Write <split>.bin; returns how many tokens, bytes (of UTF-8) and documents it holds."""
     end_of_text = np.array([] if tok.eot is None else [tok.eot], id_dtype(tok.n_vocab))
@@ -370,7 +399,7 @@ def fraction_cut(ids: np.ndarray, eot: int, context: int) -> float:
 def unescape(text: str | None) -> str | None:
     """Line ends and tabs as one writes them in a shell: \\n, \\r, \\t, and \\\\ for a backslash."""
     meant = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
-    return text and re.sub(r"\\([nrt\\])", lambda match: meant[match[1]], text)
+    return text and re.sub(r"\\([nrt\\])", lambda match: meant[match[1]], typed(text))
 
 
 def main(args: Args) -> None:

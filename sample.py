@@ -8,7 +8,6 @@ made; the last line says how fast it was and how large the cache. `stream` is th
 
 import codecs
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mfa import GPT, KVCache, cache_bytes, check_ids, check_sampling, draw, evaluating, require
-from support.cli import BadInput, run_command
+from support.cli import BadInput, run_command, typed
 from support.decode import Decoder
 from support.machine import attention_kernels, is_out_of_memory, pick_device
 from support.run_folder import model_from
@@ -149,11 +148,6 @@ def newest_checkpoint(out: Path = Path("out")) -> Path:
     return best if best.is_file() else newest
 
 
-def typed(prompt: str) -> str:
-    """The prompt in UTF-8, where the terminal's encoding is another."""
-    return os.fsencode(prompt).decode("utf-8", "surrogateescape")
-
-
 def encode_prompt(args: Sample, tokenizer, block_size: int) -> list[int]:
     """The prompt's ids. BadInput if the tokenizer does not know its characters, or it is long."""
     try:
@@ -203,7 +197,13 @@ def generate_texts(args: Sample) -> None:
         decode=fast_decode(model, args),
     )  # fmt: skip
     loss = f"best validation loss {ckpt['best_loss']:.4f}"
-    print(f"{path}: {cfg.attn}, step {ckpt['step']}, {loss}\n", flush=True)
+    print(f"{path}: {cfg.attn}, step {ckpt['step']}, {loss}")
+    if args.temperature == 0 and not args.prompt:
+        print(
+            "no --prompt: the text begins after the end of a line or of a document, and at "
+            "--temperature 0 what follows may be such an end again, for ever: blank lines"
+        )
+    print(flush=True)
 
     idx, seconds, made = torch.tensor([prompt], device=device), 0.0, 0  # idx: (1, T)
     for k in range(args.num_samples):

@@ -16,7 +16,6 @@ train.py ... shares each batch out. To read: train() at the end is the loop; wha
 before it in the order of the call.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ import tyro
 from torch import Tensor, nn
 
 from mfa import GPT, PRESETS, Config, evaluating, preset
-from prepare_data import load, prepare
+from prepare_data import load, prepare, unescape
 from support.cli import BadInput, run_command
 from support.corpora import DATA
 from support.machine import (
@@ -41,9 +40,9 @@ from support.machine import (
     require_compiler,
 )
 from support.muon import Both, Muon
-from support.plugins import load_plugin, load_plugin_of
 from support.progress import Progress
-from support.run_folder import Run, load_checkpoint
+from support.run_folder import Run, load_checkpoint, load_weights
+from support.train_flags import check_flags, first_flags, flags_from, flags_of, origin_of
 
 # --------------------------------------------------------------------------------------------------
 # Flags and recipes
@@ -57,10 +56,12 @@ class Train:
     preset: Literal["tiny", "baby", "small", "paper-1b", "paper-7b"] = "tiny"  # sizes and recipe
     dataset: str = "shakespeare"  # corpus of prepare_data.py, prepared when it is missing
     file: str | None = None  # your own text, a file or a folder, instead of a corpus
+    separator: str | None = None  # what stands between the documents of --file: '\n\n', say
     tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "char"  # bpe learns --vocab_size tokens
     out: Path | None = None  # folder of the run; default out/<preset>-<attn>
     resume: bool = False  # go on from latest.pt in --out; flags not given are taken from there
     overwrite: bool = False  # replace the run that --out holds
+    init_from: Path | None = None  # begin with this checkpoint's weights, sizes and tokenizer
     data_dir: Path = DATA  # where prepared corpora are kept
     plugin: Path | None = None  # Python file with an attention of your own, for --attn
 
@@ -83,6 +84,7 @@ class Train:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps ...
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products alone
     compile: bool = False  # torch.compile: the default on a GPU; a CPU needs a C++ compiler
+    threads: int = 0  # of a CPU; 0: as many as it has cores
 
 
 # What each preset's recipe changes in the defaults above.
@@ -99,59 +101,25 @@ RECIPES = {
                      warmup_iters=2000),
 }  # fmt: skip
 
+
 def defaults(argv: list[str]) -> Train:
-    """What the flags start from: the preset's sizes and recipe or, with --resume, the run's own."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in dict(preset="tiny", attn="mfa", out=None, device="auto").items():
-        first.add_argument(f"--{name}", nargs="?", default=default, const=default)
-    first.add_argument("--plugin", nargs="?", type=Path)
-    first.add_argument("--resume", nargs="?", default=False, const=True)
-    given = first.parse_known_args(argv)[0]
-    if given.plugin:
-        load_plugin(given.plugin)
+    """What the flags start from: the preset's sizes and recipe, the run's own (--resume), or the
+    sizes of the checkpoint that it begins with (--init_from).
+    """
+    given = first_flags(argv)
     out = Path(f"out/{given.preset}-{given.attn}" if given.out is None else given.out)
     latest = out / "latest.pt"
     if given.resume and latest.is_file():
-        return replace(flags_of(load_checkpoint(latest), latest), out=out)
+        return replace(flags_of(load_checkpoint(latest), latest, Train), out=out)
+    compile = can_compile(pick_device(given.device))
+    if given.init_from:
+        taken = flags_from(load_checkpoint(given.init_from), given.init_from)
+        return Train(**RECIPES[taken["preset"]], **taken, compile=compile)
     try:
         model = preset(given.preset, given.attn, vocab_size=0)
     except ValueError as e:
         raise BadInput(f"--{e}") from e
-    compile = can_compile(pick_device(given.device))
     return Train(model=model, preset=given.preset, compile=compile, **RECIPES[given.preset])
-
-
-def flags_of(ckpt: dict, path: Path) -> Train:
-    """The flags that a checkpoint was trained with."""
-    load_plugin_of(ckpt, path)
-    try:
-        paths = ("out", "data_dir", "plugin")
-        saved = dict(ckpt["args"], resume=False, overwrite=False)
-        saved |= {k: Path(saved[k]) for k in paths if saved.get(k)}
-        return Train(**{**saved, "model": Config(**saved["model"])})
-    except (TypeError, KeyError, ValueError) as e:
-        what = f"{path} has other flags than this train.py ({e})"
-        raise BadInput(f"--resume: {what}: train it again") from e
-
-
-def check_flags(args: Train) -> None:
-    positive = "max_iters batch_size grad_accum eval_interval log_interval learning_rate"
-    for name in positive.split():
-        if not 0 < getattr(args, name) < math.inf:
-            raise BadInput(f"--{name} must be positive, not {getattr(args, name)}")
-    for name in "min_lr warmup_iters weight_decay grad_clip eval_tokens seed".split():
-        if not 0 <= getattr(args, name) < math.inf:
-            raise BadInput(f"--{name} must not be negative, not {getattr(args, name)}")
-    if args.model.n_expert and args.model.n_layer < 2:
-        what = "--n_layer must be at least 2, since the first block's FFN stays dense"
-        raise BadInput(f"--n_expert: {what}")
-    if args.min_lr > args.learning_rate:
-        what = f"is more than the peak, --learning_rate {args.learning_rate}"
-        raise BadInput(f"--min_lr {args.min_lr} {what}: give at most that, or the rate would climb")
-    if not 0 <= args.beta2 < 1:
-        raise BadInput(f"--beta2 must be in [0, 1), not {args.beta2}")
-    if args.seed >= 2**32:
-        raise BadInput(f"--seed must be less than 2^32, not {args.seed}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,15 +212,20 @@ class Tokens:
         return [take(self.train, piece, T + 1, machine.device) for piece in mine]
 
 
-def open_text(args: Train, machine: Machine) -> Tokens:
-    """The text that the flags name. The first process prepares it, if need be."""
+def open_text(args: Train, machine: Machine, origin: dict | None) -> Tokens:
+    """The text that the flags name. The first process prepares it, if need be.
+
+    With --init_from it gets the tokens of the checkpoint origin.
+    """
+    tokenizer = origin["tokenizer"] if origin else args.tokenizer
     folder = machine.once(
         lambda: prepare(
             dataset=args.dataset,
             file=args.file,
-            tokenizer=args.tokenizer,
-            vocab_size=args.model.vocab_size or None if args.tokenizer == "bpe" else None,
+            tokenizer=tokenizer,
+            vocab_size=args.model.vocab_size or None if tokenizer == "bpe" else None,
             data_dir=args.data_dir,
+            separator=unescape(args.separator),
         )
     )
     train_ids, val_ids, meta = load(folder)
@@ -283,7 +256,8 @@ def new_model(args: Train, text: Tokens) -> GPT:
     try:
         cfg = replace(args.model, vocab_size=max(args.model.vocab_size, n_vocab))
         torch.manual_seed(args.seed)
-        matched = args.match_params and cfg.attn not in ("mha", "fpba")
+        fixed = cfg.attn in ("mha", "fpba") or args.init_from
+        matched = args.match_params and not fixed
         return GPT(match_params(cfg) if matched else cfg)
     except ValueError as e:
         raise BadInput(f"--attn {args.model.attn}: {e}") from e
@@ -406,16 +380,19 @@ def train(args: Train) -> dict:
     the number of the signal that ended it).
     """
     check_flags(args)
-    with Machine(args.device, args.dtype) as machine:
+    with Machine(args.device, args.dtype, args.threads) as machine:
         check_machine(args, machine)
         out = args.out or Path("out") / f"{args.preset}-{args.model.attn}"
         run = Run(out, args.resume, args.overwrite, writes=machine.first)
-        text = open_text(args, machine)
+        origin = origin_of(args, run)
+        text = open_text(args, machine, origin)
         model = new_model(args, text).to(machine.device).train()
         optimizer = make_optimizer(model, args)
         at = Progress(args, machine, run, text.meta)
         if run.checkpoint:
             at.restore(model, optimizer)
+        elif origin:
+            load_weights(model, origin, args.init_from)
         mha = mha_of(replace(args.model, vocab_size=model.cfg.vocab_size))
         at.describe(model, mha, count_params(mha), (len(text.train), len(text.val)))
         graphs = machine.device.type == "cuda" and machine.world == args.grad_accum == 1

@@ -81,6 +81,14 @@ def parse(args_type: type, argv: list[str], default: dict) -> Any:
         raise BadInput(str(e)) from None
 
 
+def typed(text: str) -> str:
+    """A flag's text as it was typed in UTF-8, where Python was told that it is another encoding."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:  # it is another
+        return text
+
+
 def exit_with(line: str, code: int) -> NoReturn:
     print(line.replace("\n", " "), file=sys.stderr)
     sys.exit(code)

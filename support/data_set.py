@@ -25,7 +25,8 @@ META_FIELDS = {
     **dict.fromkeys(("val_tokens", "val_bytes", "val_documents"), int),
 }
 MAKE_AGAIN = (
-    "make it again: python prepare_data.py with the flags it was made with, and --overwrite"
+    "make it again: remove the folder and do what made it, or python prepare_data.py with its "
+    "flags and --overwrite"
 )
 
 

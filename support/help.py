@@ -27,8 +27,8 @@ def grouped(text: str, groups: dict[str, str] = GROUPS) -> str:
         flag = re.match(r" +--(\w+)", inner)
         if flag:
             entry = entries.setdefault(flag[1], [])
-        if entry is not None and inner.startswith("  "):
-            entry.append(inner)
+        if entry is not None and inner.startswith(" "):
+            entry.append(inner if inner.startswith("  ") else f" {inner}")  # tyro 1.0 has one blank
         elif entry is None:
             head.append(line)
     if "attn" not in entries:

@@ -3,6 +3,7 @@
 `Machine` is the one door; the functions below it serve programs that train nothing.
 """
 
+import atexit
 import contextlib
 import ctypes
 import importlib.util
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 
@@ -97,14 +99,14 @@ class Signals:
     """While entered, SIGINT, SIGTERM and SIGHUP let the step be finished and saved first.
 
     `caught` is the number of the signal, or 0. A second Ctrl-C ends at once. A SIGHUP that nohup
-    ignores stays ignored. In a thread other than the main one, where Python has no signals,
-    nothing is caught.
+    ignores stays ignored. In a thread other than the main one Python has no signals: there the end
+    of Python itself, which Ctrl-C in the main thread brings about, counts as SIGINT and waits.
     """
 
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is unknown to Windows
 
     def __init__(self):
-        self.caught, self.before = 0, {}
+        self.caught, self.before, self.left = 0, {}, threading.Event()
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -112,11 +114,23 @@ class Signals:
                 number = getattr(signal, name, None)
                 if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
                     self.before[number] = signal.signal(number, self.catch)
+        else:
+            atexit.register(self.python_ends)
         return self
 
     def catch(self, number, frame) -> None:
         self.caught = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def python_ends(self) -> None:
+        self.caught = signal.SIGINT
+        self.left.wait()
+        time.sleep(0.2)  # for the thread to end, which a join() that was interrupted does not do
+
+    def leave(self) -> None:
+        """The last word of the training is said."""
+        self.left.set()
+        atexit.unregister(self.python_ends)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -137,7 +151,7 @@ class Machine:
     signal                what ends the training early, known to all processes alike; 0: nothing
     """
 
-    def __init__(self, device: str = "auto", dtype: str = "auto"):
+    def __init__(self, device: str = "auto", dtype: str = "auto", threads: int = 0):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
@@ -148,9 +162,13 @@ class Machine:
         self.dtype = pick_dtype(dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.signals, self.signal, self.parallel = Signals(), 0, None
+        self.threads, self.threads_before = threads, 0
 
     def __enter__(self) -> "Machine":
         keep_memory(self.device)
+        if self.threads:
+            self.threads_before = torch.get_num_threads()
+            torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision("high")
         if self.world > 1:
             gpu = self.device if self.device.type == "cuda" else None
@@ -158,6 +176,9 @@ class Machine:
         return self
 
     def __exit__(self, *_) -> None:
+        self.signals.leave()
+        if self.threads_before:
+            torch.set_num_threads(self.threads_before)
         if self.world > 1:
             dist.destroy_process_group()
 

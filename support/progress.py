@@ -34,7 +34,7 @@ from support.tokenizers import start_of_text, tokenizer_from
 # Flags that a resumed run may change; a change of any other would make it another run.
 MAY_CHANGE = {
     "resume", "overwrite", "out", "data_dir", "plugin", "max_iters", "grad_accum", "eval_interval",
-    "log_interval", "device", "dtype", "compile",
+    "log_interval", "device", "dtype", "compile", "threads",
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def count(model: GPT) -> int:
 def plain(args: Any) -> dict:
     """Flags as a checkpoint keeps them: no objects, and files where any folder finds them."""
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
-    for name in ("file", "data_dir"):
+    for name in ("file", "data_dir", "init_from"):
         if flags[name]:
             flags[name] = os.path.abspath(flags[name])
     return flags
@@ -78,6 +78,24 @@ def cache_line(cfg: Config, mha: Config) -> str:
     return f"cache: {ours:,} bytes per token at 16 bit, {ours / theirs:.2%} of MHA's {theirs:,}"
 
 
+class Pace:
+    """Notices, once, that steps have come to take far longer than the ones before."""
+
+    times, seconds = 4, 2.0  # so many times as long; in less time chance decides
+
+    def __init__(self):
+        self.best, self.told = math.inf, False  # best: seconds a step
+
+    def slower(self, steps: int, seconds: float) -> float:
+        """How many times as long as the best before these steps took, or 0: not worth a line."""
+        each = max(seconds, 1e-9) / steps
+        times, self.best = each / self.best, min(each, self.best)
+        if self.told or times < self.times or seconds < self.seconds:
+            return 0.0
+        self.told = True
+        return times
+
+
 @dataclass
 class Progress:
     """args: train.py's flags. meta: the text's meta.json."""
@@ -92,6 +110,7 @@ class Progress:
 
     def __post_init__(self):
         self.losses: list[Tensor] = []  # of the steps since the last line, still on the device
+        self.pace = Pace()
         self.unit = "character" if self.args.tokenizer == "char" else "token"
 
     # Checkpoints
@@ -195,7 +214,8 @@ class Progress:
             return
         args, loss, elapsed = self.args, self.read_losses(), self.lap()
         self.seconds += elapsed
-        speed = (self.step - self.told) / elapsed  # steps a second
+        steps = self.step - self.told
+        speed = steps / elapsed  # steps a second
         self.told = self.step
         tokens = round(speed * args.batch_size * args.model.block_size)
         left = duration((args.max_iters - self.step) / speed)
@@ -203,8 +223,16 @@ class Progress:
         self.machine.print(line)
         row = dict(train_loss=loss, lr=rate, tokens_per_s=tokens, seconds=round(self.seconds, 3))
         self.run.log(step=self.step, **row)
+        self.tell_pace(self.pace.slower(steps, elapsed))
         self.machine.agree()
         self.lap()
+
+    def tell_pace(self, times: float) -> None:
+        if times and self.machine.device.type == "cpu" and torch.get_num_threads() > 1:
+            self.machine.print(
+                f"these steps took {times:.0f} times as long as the ones before: on a shared "
+                f"machine two threads can be ten times slower than one: try --threads 1"
+            )
 
     def tell_validation(self, loss: float) -> bool:
         """A line about an evaluation. Is it the best so far?"""
@@ -246,6 +274,8 @@ class Progress:
         if args.plugin:
             kept = run.folder / args.plugin.name
             machine.print(f"attention: {cfg.attn} of {kept if run.checkpoint else args.plugin}")
+        if args.init_from:
+            machine.print(f"weights: begun with those of {args.init_from}")
         sizes = f"{n_tokens[0]:,} + {n_tokens[1]:,} tokens, vocabulary {cfg.vocab_size:,}"
         machine.print(f"text: {self.meta['name']}, {sizes}")
         how = f", resumed at step {self.step}" if run.checkpoint else ""
@@ -272,7 +302,8 @@ class Progress:
         print(cache_line(model.cfg, mha))
         print(f"in {best.parent}: best.pt, latest.pt, metrics.jsonl, loss.png")
         print(f"next: python sample.py --checkpoint {shell_quoted(best)}")
-        print(f"  or: the same with --attn {'mha' if attn != 'mha' else 'mfa_kr'}, to compare")
+        if not self.args.init_from:  # another attention has no use for those weights
+            print(f"  or: the same with --attn {'mha' if attn != 'mha' else 'mfa_kr'}, to compare")
 
     def plot(self) -> None:
         """loss.png from metrics.jsonl."""

@@ -45,6 +45,7 @@ COMMANDS = {
     "paper.py": (paper_main, Paper, []),
 }
 RESUME = "train.py --out run --resume --max_iters 15"
+BEGIN = "train.py --init_from run/best.pt --vocab_size 58 --ffn_dim 103"  # 103: matched to MHA's parameters
 
 
 def call(line: str) -> int:
@@ -313,6 +314,10 @@ TABLE = {
     "negative learning rate": (nothing, "train.py --learning_rate -0.1", "--learning_rate must be positive, not -0.1"),
     "learning rate NaN": (nothing, "train.py --learning_rate nan", "--learning_rate must be positive, not nan"),
     "endless learning rate": (nothing, "train.py --learning_rate inf", "--learning_rate must be positive, not inf"),
+    "a rate that climbs": (
+        nothing, "train.py --learning_rate 1e-6", "--min_lr 1e-05 is more than the peak, --learning_rate 1e-06: give at most that",
+    ),
+    "a rate that climbs by its minimum": (nothing, "train.py --min_lr 0.1", "--min_lr 0.1 is more than the peak, --learning_rate 0.003"),
     "negative decay": (nothing, "train.py --weight_decay -1", "--weight_decay must not be negative, not -1.0"),
     "seed too large": (nothing, "train.py --seed 4294967296", "--seed must be less than 2^32"),
     "context longer than the text": (
@@ -342,6 +347,31 @@ TABLE = {
     "resumed with other parameters": (nothing, RESUME + " --no-match_params", "match_params was True and is now False"),
     "resumed beyond its end": (nothing, RESUME + " --max_iters 9", "--max_iters 9: run/latest.pt is at step 10 already"),
     "resumed with other flags": (checkpoint(args=lambda args: args | {"colour": "red"}), RESUME, "other flags", "colour"),
+    # --init_from
+    "begun with no file": (nothing, "train.py --init_from a.pt", "checkpoint a.pt is not there: train one with python train.py"),
+    "begun with a folder": (nothing, "train.py --init_from run", "checkpoint run is a folder: give run/best.pt"),
+    "begun with a text": (nothing, "train.py --init_from play.txt", "play.txt is not a checkpoint of train.py"),
+    "begun without a value": (nothing, "train.py --init_from", "Missing value for argument", "--init_from"),
+    "begun at another width": (nothing, "train.py --init_from run/best.pt --dim 64", "--init_from run/best.pt: ", "dim is 32 there, not 64", "leave these flags out"),
+    "begun with another attention": (nothing, "train.py --init_from run/best.pt --attn mha", "attn is 'mfa' there, not 'mha'"),
+    "begun with a malformed tokenizer": (
+        checkpoint(tokenizer={"kind": "bpe"}), "train.py --init_from run/best.pt", "run/best.pt: the tokenizer's description is malformed",
+    ),
+    "begun with an impossible model": (
+        checkpoint(config=lambda config: config | {"dim": -1}), "train.py --init_from run/best.pt", "does not fit its own config: dim must be at least 1",
+    ),
+    "begun in a folder that holds a run": (nothing, f"{BEGIN} --out run", "--out run holds a run: --resume continues it"),
+    "begun on a text of other characters": (
+        text("to bé\n".encode() * 500), f"{BEGIN} --file a.txt", "a.txt: character 'é' (U+00E9) at position 4 is not among the 58 characters",
+    ),
+    "begun on an empty text": (text(b""), f"{BEGIN} --file a.txt", "a.txt: is empty"),
+    "resumed from another beginning": (nothing, RESUME + " --init_from run/best.pt", "init_from was None and is now"),
+    "threads below nothing": (nothing, "train.py --threads -1", "--threads must not be negative, not -1"),
+    "half a thread": (nothing, "train.py --threads 1.5", "--threads", "'1.5'"),
+    "separator of a corpus, to train on": (
+        nothing, "train.py --file None --separator x", "--separator 'x': goes with --file, a corpus has its own",
+    ),
+    "separator that is nowhere, to train on": (nothing, "train.py --separator ===", "--separator: stands between no two documents in play.txt"),
     # sample.py
     "temperature NaN": (nothing, "sample.py --temperature nan", "--temperature must be 0 (greedy) or positive, not nan"),
     "negative temperature": (nothing, "sample.py --temperature -1", "--temperature must be 0 (greedy) or positive, not -1.0"),
@@ -456,14 +486,16 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reader", ["sample.py", RESUME])
+@pytest.mark.parametrize("reader", ["sample.py", RESUME, BEGIN])
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_checkpoint_is_refused_with_its_name_left_as_it_is_and_never_executed(what, reader, place, capsys):
     damage, *says = BROKEN[what]
+    if reader == BEGIN:  # the data set in the checkpoint's tokens
+        prepare(file="play.txt", tokenizer=load_checkpoint(Path("run/best.pt"))["tokenizer"], data_dir="data")
     damage()
     kept = everything()
     assert call(reader) == 2
-    one_line(capsys, ["run/best.pt" if reader == "sample.py" else "run/latest.pt", *says])
+    one_line(capsys, ["run/latest.pt" if reader == RESUME else "run/best.pt", *says])
     assert everything() == kept  # it_ran is not among them
 
 

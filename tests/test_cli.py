@@ -2,6 +2,8 @@
 
 import errno
 import io
+import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import pytest
 from texts import ROOT, run
 
 from prepare_data import Args
-from support.cli import BadInput, run_command
+from support.cli import BadInput, run_command, typed
 
 
 def ends_with(capsys, error: BaseException) -> tuple[int, str]:
@@ -58,6 +60,30 @@ def test_the_command_line_works_from_anywhere_and_when_nobody_reads(tmp_path):
     pipe = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     pipe.stdout.close()
     assert pipe.stderr.read() == b"" and pipe.wait(timeout=60) == 141
+
+
+# Where Python believes that everything is ASCII, as in some containers.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_what_is_typed_outside_ascii_is_what_is_meant_whatever_the_locale(tmp_path):
+    def done(*argv: str) -> str:
+        environment = {**os.environ, **ASCII, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *argv]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True).stdout.decode("utf-8")
+
+    (tmp_path / "a.txt").write_text("un été — l'hiver — " * 200, encoding="utf-8")
+    sizes = "--block_size=16 --n_layer=1 --dim=32 --head_dim=8 --max_iters=1 --device=cpu --data_dir=d --out=run".split()
+    done(str(ROOT / "train.py"), "--file=a.txt", "--separator= — ", "--tokenizer=byte", *sizes)
+    meta = json.loads((tmp_path / "d" / "file-a-byte" / "meta.json").read_text())
+    assert meta["separator"] == " — " and meta["train_documents"] == 360
+    said = done(str(ROOT / "sample.py"), "--checkpoint=run/best.pt", "--prompt=été", "--max_new_tokens=1", "--device=cpu")
+    assert said.split("\n\n")[1].startswith("été")
+
+
+@pytest.mark.parametrize("text", ["été", "東京", "", "plain", "\ud800", os.fsdecode(b"caf\xe9")])
+def test_what_was_typed_in_utf8_or_cannot_be_known_stays_as_it_is(text):
+    assert typed(text) == text
 
 
 def test_output_is_utf8_whatever_the_terminal_says(monkeypatch):

@@ -711,7 +711,7 @@ def test_scores_without_sdpas_grouping_are_the_same(monkeypatch):
     sdpa, arange, heads = F.scaled_dot_product_attention, torch.arange, []
 
     def without_grouping(q, k, v, *args, enable_gqa=False, **kwargs):
-        assert not enable_gqa
+        assert not enable_gqa and all(t.is_contiguous() for t in (q, k, v))
         heads.append((q.shape[1], k.shape[1], v.shape[1]))
         return sdpa(q, k, v, *args, **kwargs)
 

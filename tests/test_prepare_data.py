@@ -420,6 +420,27 @@ def test_installed_the_text_comes_with_the_package_and_data_goes_to_the_working_
     assert "--dataset shakespeare: its text, " in done.stderr and "is missing; install this project again" in done.stderr
 
 
+def test_a_plain_pip_install_trains_on_its_text_from_any_folder(tmp_path):
+    source, site, here = (tmp_path / name for name in ("source", "site-packages", "here"))
+    here.mkdir()
+    generated = shutil.ignore_patterns("__pycache__", "results", "*-char", "*-byte", "*-bpe*", "raw", ".*")
+    for name in ("support", "experiments", "data"):
+        shutil.copytree(ROOT / name, source / name, ignore=generated)
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"):
+        shutil.copy(path, source)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", str(site), "."], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(source)
+    sizes = "--n_layer=1 --dim=32 --head_dim=8 --block_size=16 --eval_tokens=64 --max_iters=1 --device=cpu"
+    command = [sys.executable, "-m", "train", *sizes.split()]
+    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "text: shakespeare-char, 1,070,120 + " in done.stdout
+    assert {path.name for path in here.iterdir()} == {"data", "out"} and (here / "out" / "tiny-mfa" / "best.pt").is_file()
+
+
 @pytest.mark.parametrize("n, dtype", [(65_536, np.uint16), (65_537, np.uint32)])
 def test_ids_take_16_bits_up_to_65536_tokens_and_no_further(tmp_path, n, dtype):
     text = "".join(map(chr, range(0x10000, 0x10000 + n)))

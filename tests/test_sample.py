@@ -81,6 +81,13 @@ def test_the_text_is_the_same_with_and_without_the_cache(attn, run):
     assert with_cache[1].endswith("for 16 tokens\n") and without[1].endswith(", no cache\n")
 
 
+def test_greedy_without_a_prompt_says_why_it_may_print_blank_lines(run):
+    why = "no --prompt: the text begins after the end of a line or of a document, and at --temperature 0 what follows"
+    assert run("--temperature=0", "--max_new_tokens=5")[1].splitlines()[1].startswith(why)
+    for flags in (["--temperature=0", "--prompt=ROMEO"], ["--temperature=0.8"]):
+        assert why not in run(*flags, "--max_new_tokens=5")[1]
+
+
 def test_equal_seeds_give_equal_texts_and_other_seeds_others(run):
     a, b, c = (texts(run("--max_new_tokens=40", f"--seed={seed}")[1]) for seed in (1, 1, 2))
     assert a == b != c

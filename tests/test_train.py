@@ -829,6 +829,25 @@ def test_a_training_can_be_started_from_a_thread(data, tmp_path):
     assert results[0]["step"] == 20
 
 
+def test_ctrl_c_saves_a_training_in_a_thread(data, tmp_path):
+    flags = [*FLAGS, *text(data), f"--out={tmp_path / 'run'}", "--max_iters=100000", "--eval_interval=100000"]
+    script = tmp_path / "notebook.py"
+    script.write_text(
+        "import threading, train\n"
+        "train.run_command(lambda args: setattr(train, 'args', args), train.Train, defaults=train.defaults)\n"
+        "thread = threading.Thread(target=train.train, args=[train.args])\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with subprocess.Popen([sys.executable, str(script), *flags], env=environment, **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("step     12"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode and 12 <= load_checkpoint(tmp_path / "run" / "latest.pt")["step"] < 100_000
+
+
 @quick
 @pytest.mark.parametrize("attn", ["mha", "mfa_kr"])
 def test_muon_resumes_to_the_last_bit(attn, data, tmp_path, monkeypatch):

@@ -1,18 +1,21 @@
-"""Kills a training process at random moments and resumes it each time.
+"""Ends a training process at random moments, in five ways, and resumes it each time.
 
     python experiments/probes/kill_test.py
 
-SIGKILL leaves a process no moment to tidy up, as a power cut or an operator's kill -9 does. The
-kills aim in turn at start-up (imports, preparing the text, reading the checkpoint), at the steps,
-and at the writing of a checkpoint, each at a random moment. After each kill every file of the run
-must be readable; after the last the run goes on to its end, and must then equal one that was never
-interrupted, to the last bit: weights, optimizer, best checkpoint and metrics.
+SIGKILL leaves a process no moment to tidy up, as a power cut or an operator's kill -9 does. SIGHUP
+(the terminal is lost), SIGTERM, SIGINT (Ctrl-C) and a closed pipe (`| head`) leave it that moment:
+then not one finished step may be lost. The ends aim in turn at start-up (imports, preparing the
+text, reading the checkpoint), at the steps, and at the writing of a checkpoint, each at a random
+moment. After each of them every file of the run must be readable; after the last the run goes on to
+its end, and must then equal one that was never interrupted, to the last bit: weights, optimizer,
+best checkpoint and metrics.
 """
 
 import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,10 +29,13 @@ import torch
 from experiments.flags import require_at_least_1
 from support.cli import run_command
 from support.corpora import DATA
+from support.machine import PIPE_CLOSED
 from support.provenance import ROOT, provenance
 from support.run_folder import load_checkpoint, model_from
 
 PHASES = ("start-up", "training", "writing")
+PIPE = "a closed pipe"
+WAYS = ("SIGKILL", "SIGHUP", PIPE, "SIGTERM", "SIGINT") if os.name == "posix" else ("SIGKILL",)
 MODEL = "--attn mfa_kr --n_layer 2 --dim 64 --head_dim 16 --block_size 32 --dropout 0.1"
 EVERY = 8  # steps between checkpoints
 RECIPE = f"--batch_size 8 --warmup_iters 20 --log_interval 1 --eval_interval {EVERY} --device cpu"
@@ -37,8 +43,8 @@ RECIPE = f"--batch_size 8 --warmup_iters 20 --log_interval 1 --eval_interval {EV
 
 @dataclass
 class Args:
-    """Kill a training process at random moments, resume it, and compare it with another that was
-    left alone.
+    """End a training process at random moments in many ways, resume it, and compare it with another
+    that was left alone.
     """
 
     kills: int = 50  # how many
@@ -54,7 +60,14 @@ def start(folder: Path, steps: int) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipe = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    return subprocess.Popen(command, env=environment, **pipe)
+    before = heed_signals if os.name == "posix" else None
+    return subprocess.Popen(command, env=environment, preexec_fn=before, **pipe)
+
+
+def heed_signals() -> None:
+    """Undoes what nohup, or a shell's &, makes a new process ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def lines_with_steps(process: subprocess.Popen):
@@ -86,29 +99,52 @@ def unfinished_files(out: Path) -> set[tuple]:
 
 
 def kill_once(
-    folder: Path, steps: int, phase: str, target: int, startup: float, rng: random.Random
-) -> str:
-    """Resume the run and kill it, in a phase at or after a step. Returns the phase it died in."""
+    folder: Path, steps: int, phase: str, way: str, target: int, startups: list, rng: random.Random
+) -> tuple[str, bool]:
+    """Resume the run and end it, in a phase at or after a step.
+
+    Returns the phase in which it was struck, and whether it had the time to save. startups: what
+    the start-ups so far took, in seconds; on a busy machine ten times as long as on an idle one.
+    """
     out = folder / "out"
+    began = time.perf_counter()
     before = unfinished_files(out)
     with start(folder, steps) as process:
         if phase == "start-up":
-            time.sleep(rng.uniform(0, startup))
+            time.sleep(rng.uniform(0, min(startups)))
         else:
-            next((step for step in lines_with_steps(process) if step >= target), None)
+            done = lines_with_steps(process)
+            next(done, None)
+            startups.append(time.perf_counter() - began)
+            next((step for step in done if step >= target), None)
             if phase == "writing":
                 while unfinished_files(out) <= before and process.poll() is None:
                     pass
             time.sleep(rng.uniform(0, 0.005))
         ended = process.poll()
+        writing = unfinished_files(out) - before
+        strike(process, way)
+        trained = phase != "start-up" or way != PIPE and any(lines_with_steps(process))
+        code = process.wait()
+    if ended is not None or code == 0:
+        raise SystemExit(f"the run ended, with exit code {code}, before {way} could end it")
+    if way == "SIGKILL":
+        writing = unfinished_files(out) - before  # of a dead process: certain
+    number = PIPE_CLOSED if way == PIPE else getattr(signal, way)
+    saved = code == 128 + number  # as Signals, or run_command, reports it
+    if not saved and (code != -number or way != "SIGKILL" and phase != "start-up"):
+        raise SystemExit(f"{way} in {phase}: the run ended with exit code {code}")
+    struck = "writing" if writing else "training" if trained else "start-up"
+    return struck, saved and (trained or way == PIPE)
+
+
+def strike(process: subprocess.Popen, way: str) -> None:
+    if way == PIPE:
+        process.stdout.close()
+    elif way == "SIGKILL":
         process.kill()
-        trained = phase != "start-up" or any(lines_with_steps(process))
-    if ended is not None or process.returncode == 0:
-        what = f"the run ended, with exit code {process.returncode}"
-        raise SystemExit(f"{what}, before it could be killed")
-    if unfinished_files(out) - before:
-        return "writing"
-    return "training" if trained else "start-up"
+    else:
+        process.send_signal(getattr(signal, way))
 
 
 def check_files(out: Path) -> tuple[int, int]:
@@ -156,24 +192,30 @@ def kill_test(kills: int, seed: int = 0) -> dict:
     began, rng = time.perf_counter(), random.Random(seed)
     steps = 4 * EVERY + 8 * kills
     targets = sorted(rng.randrange(1, steps - 3 * EVERY) for _ in range(kills))
-    died, reached, repeated = Counter(), 0, 0
+    died, ways, reached, repeated = Counter(), Counter(), 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         alone, killed = Path(temporary) / "alone", Path(temporary) / "killed"
         text = (DATA / "shakespeare.txt").read_text(encoding="utf-8")[:50_000]
         (Path(temporary) / "text.txt").write_text(text, encoding="utf-8")
-        startup = run_to_end(alone, steps)
-        print(f"an uninterrupted run of {steps} steps: first after {startup:.1f} s", flush=True)
+        startups = [run_to_end(alone, steps)]
+        print(f"an uninterrupted run of {steps} steps: first after {startups[0]:.1f} s", flush=True)
         for k, target in enumerate(targets):
-            phase = kill_once(killed, steps, PHASES[k % 3], target, startup, rng)
+            way = WAYS[k % len(WAYS)]
+            aim = PHASES[k % 3]
+            phase, had_time = kill_once(killed, steps, aim, way, target, startups, rng)
             died[phase] += 1
+            ways[way] += 1
             step, logged = check_files(killed / "out")
             if step < reached:
                 what = f"the latest checkpoint went back from step {reached} to {step}"
-                raise SystemExit(f"kill {k + 1}: {what}")
+                raise SystemExit(f"kill {k + 1}, {way}: {what}")
+            if had_time and step < logged:
+                what = f"step {logged} was done, and saved is step {step}"
+                raise SystemExit(f"kill {k + 1}, {way}: {what}")
             reached = step
             repeated += max(0, logged - step)
-            state = f"after step {logged}, {phase}: all readable, goes on from {reached}"
-            print(f"kill {k + 1} of {kills} {state}", flush=True)
+            state = f"{way} in {phase}, after step {logged}: all readable, goes on from {reached}"
+            print(f"kill {k + 1} of {kills}: {state}", flush=True)
         run_to_end(killed, steps)
         check_files(killed / "out")
         expected, found = result_of(alone / "out"), result_of(killed / "out")
@@ -184,7 +226,8 @@ def kill_test(kills: int, seed: int = 0) -> dict:
     if left:
         raise SystemExit(f"left behind: {', '.join(left)}")
     return {
-        "kills": kills, "died_in": {phase: died[phase] for phase in PHASES}, "steps": steps,
+        "kills": kills, "by": {way: ways[way] for way in WAYS},
+        "died_in": {phase: died[phase] for phase in PHASES}, "steps": steps,
         "checkpoint_every": EVERY, "steps_done_twice": repeated, "unreadable_files": 0,
         "identical_to_uninterrupted": True, "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
@@ -194,9 +237,11 @@ def main(args: Args) -> None:
     require_at_least_1(args, "kills")
     result = provenance() | kill_test(args.kills, args.seed)
     phases = ", ".join(f"{n} in {phase}" for phase, n in result["died_in"].items())
+    ways = ", ".join(f"{n} by {way}" for way, n in result["by"].items())
     print(
-        f"{args.kills} kills ({phases}): no unreadable file, {result['steps_done_twice']} steps "
-        f"done twice, the end identical to the uninterrupted run's; {result['seconds']} s"
+        f"{args.kills} kills ({ways}; {phases}): no unreadable file, "
+        f"{result['steps_done_twice']} steps done twice, the end identical to the uninterrupted "
+        f"run's; {result['seconds']} s"
     )
     if args.results:
         args.results.parent.mkdir(parents=True, exist_ok=True)
