@@ -185,8 +185,9 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
     lines = []
     if found:
         study = f"validation, {setting(found[0].rows[0])}; ± over three seeds, else one seed"
-        heads = "MHA has 8 heads of d = 64, C is the width of MFA's latent"
-        lines.append(f"Perplexity: {study}. The cache is a share of MHA's. {heads}.")
+        heads = "MHA has 8 heads of d = 64 here, so MQA keeps an eighth; in the drawing it has 16"
+        cache = "The cache is a share of MHA's, C the width of MFA's latent"
+        lines.append(f"Perplexity: {study}. {cache}. {heads}.")
     if decode["rows"]:
         shape = "the paper's 1B shape, the same attention and share, but all rotated, no norm"
         cell = f"random weights, batch {BATCH}, context {CONTEXT:,}, one {decode['device']}"

@@ -130,6 +130,8 @@ def test_what_the_findings_say_is_in_the_results():
     assert f"as good as MQA with an eighth ({muon['mfa_kr_half_norm']:.1f}). The paper's form is at {muon['mfa_kr']:.1f}." in text
     assert abs(muon["mfa_kr_half_norm"] - muon["mqa"]) < 0.1 and abs(muon["mla_joint"] - muon["mfa"]) < 0.2
     assert all(adamw[arm] > adamw["mqa"] - 0.05 for arm in FIGURE1 if arm.startswith("mla"))
+    narrow = ppl("why", "mqa_16")
+    assert f"as good as MFA-KR ({narrow:.1f} against {adamw['mfa_kr']:.1f})" in text
     reused = [ppl("question_a", arm, 10 / 7) for arm in ("pre", "inverse", "post")]
     assert reused == sorted(reused) and f"(`pre`) are best, {reused[0]:.1f}" in text and f"clearly worse, {reused[2]:.1f}" in text
     gate, plain = ppl("table4", "gated"), ppl("table4", "vanilla")
