@@ -200,12 +200,15 @@
     [tokens, numbers, numbers * 4].forEach((value, i) => { cells[i + 1].textContent = whole(value); });
   }
 
-  // Milliseconds of every token, as a line from left to right.
+  const median = (values) => values.sort((a, b) => a - b)[Math.floor(values.length / 2)];
+
+  // Milliseconds of every token, as a line from left to right; the median of five, since a machine has other things to do.
   function draw_times({attn, chart, times, speed}) {
-    const context = chart.getContext("2d"), sorted = [...times].sort((a, b) => a - b), most = 1.1 * sorted[Math.floor(0.97 * (times.length - 1))], last = times.slice(-16);
+    const context = chart.getContext("2d"), line = times.map((_, i) => median(times.slice(Math.max(0, i - 4), i + 1)));
+    const most = Math.max(...line, 0.01), last = times.slice(-16);
     context.clearRect(0, 0, chart.width, chart.height);
     context.beginPath();
-    times.forEach((time, i) => context.lineTo(chart.width * i / Math.max(60, times.length), chart.height - 2 - (chart.height - 4) * Math.min(1, time / most)));
+    line.forEach((time, i) => context.lineTo(chart.width * i / Math.max(60, line.length), chart.height - 2 - (chart.height - 4) * time / most));
     context.lineWidth = 1.5;
     context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue(`--${attn}`);
     context.stroke();
@@ -233,7 +236,9 @@
   // What each head of the chosen layer looked at when the model read the chosen character.
   function look() {
     const writer = writers[chosen.attn], {i} = chosen, layer = +at("layer").value, {text, line} = writer;
-    line.children[i].classList.add("chosen");
+    const span = line.children[i];
+    span.classList.add("chosen");
+    if (span.offsetTop < line.scrollTop || span.offsetTop + span.offsetHeight > line.scrollTop + line.clientHeight) line.scrollTop = span.offsetTop - 20;
     line.setAttribute("aria-valuenow", i + 1);
     const found = writer.looked[i], place = `${shown(text[i])}, character ${i + 1} of ${text.length}`;
     at("heads").replaceChildren();
