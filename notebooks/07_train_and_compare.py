@@ -186,12 +186,12 @@ plt.show()
 # A training of one's own is `python train.py --attn mfa --optimizer muon`, and then the same with `--attn mha`. Each has a
 # folder in `out/`, and when the second run ends it prints a table of both and draws `out/compare.png`. Later `python -m
 # support.compare out/*` does it for any runs, and refuses to compare losses of different texts. Here we call `train()` itself,
-# the function behind the command, for two models and 500 steps each, and print how the second run ends.
+# the function behind the command, for two models and 400 steps each, and print how the second run ends.
 
 # %%
 out = Path("out")
 for attn in ("mha", "mfa"):
-    flags = Train(model=shape(attn, vocab_size=0, block_size=64), out=out / attn, overwrite=True, device="cpu", max_iters=500)
+    flags = Train(model=shape(attn, vocab_size=0, block_size=64), out=out / attn, overwrite=True, device="cpu", max_iters=400)
     flags.optimizer, flags.learning_rate, flags.eval_interval, flags.eval_tokens = "muon", 6e-3, 100, 16384
     said = io.StringIO()
     with contextlib.redirect_stdout(said), torch.enable_grad():
@@ -213,7 +213,7 @@ for attn in ("mha", "mfa"):
     checkpoint = load_checkpoint(out / attn / "best.pt")
     tokenizer = tokenizer_from(checkpoint["tokenizer"])
     trained[attn] = model_from(checkpoint, out / attn / "best.pt", torch.device("cpu")).double().eval()
-    prompt = torch.tensor([tokenizer.encode("\nKING")])
+    prompt = torch.tensor(tokenizer.encode("\nKING").tolist())[None]
     texts = []
     for use_cache in (True, False):
         generator = torch.Generator().manual_seed(1)
@@ -229,7 +229,7 @@ for attn in ("mha", "mfa"):
 
 
 # %%
-line = tokenizer.encode("Now is the winter of our discontent")
+line = tokenizer.encode("Now is the winter of our discontent").tolist()
 maps = {}
 for attn, model in trained.items():
     x, layer = model.blocks[0](model.embed(torch.tensor([line]))), model.blocks[1].attn
