@@ -41,6 +41,7 @@ x, kr = torch.randn(1, T, H), ATTENTION["mfa_kr"](cfg)
 kr.alpha.copy_(torch.randn(C))  # an open gate: in a new layer alpha is zero
 
 
+# %%
 def layer(**changes):
     """kr's weights in a layer with other options (one without a gate leaves N or alpha out)."""
     attn = ATTENTION["mfa_kr"](replace(cfg, **changes))

@@ -28,12 +28,9 @@ import nb
 nb.start()  # plot style, float64, seed, no gradients
 
 # %%
-import contextlib
-import io
 import math
 import statistics
 from dataclasses import asdict
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 from experiments.study import studies
@@ -42,10 +39,7 @@ from nb import COLOR, MARKER, NAME, close
 from experiments.study.plot import Results, difference, outcome
 
 from mfa import ATTENTION, Config, cache_bytes, preset
-from support import compare
-from support.run_folder import load_checkpoint, model_from
-from support.tokenizers import tokenizer_from
-from train import Train, count_params, match_params, train
+from train import count_params, match_params
 
 check, hint = nb.exercises("07")
 
@@ -186,17 +180,26 @@ plt.show()
 # A training of one's own is `python train.py --attn mfa --optimizer muon`, and then the same with `--attn mha`. Each has a
 # folder in `out/`, and when the second run ends it prints a table of both and draws `out/compare.png`. Later `python -m
 # support.compare out/*` does it for any runs, and refuses to compare losses of different texts. Here we call `train()` itself,
-# the function behind the command, for two models and 500 steps each, and print how the second run ends.
+# the function behind the command, for two models and 400 steps each, and print how the second run ends.
 
 # %%
+import contextlib
+import io
+from pathlib import Path
+
+from support import compare
+from train import Train, train
+
 out = Path("out")
 for attn in ("mha", "mfa"):
-    flags = Train(model=shape(attn, vocab_size=0, block_size=64), out=out / attn, overwrite=True, device="cpu", max_iters=500)
+    flags = Train(model=shape(attn, vocab_size=0, block_size=64), out=out / attn, overwrite=True, device="cpu", max_iters=400)
     flags.optimizer, flags.learning_rate, flags.eval_interval, flags.eval_tokens = "muon", 6e-3, 100, 16384
     said = io.StringIO()
     with contextlib.redirect_stdout(said), torch.enable_grad():
         result = train(flags)
     assert result["best_loss"] < unigram - 0.5
+
+# %%
 here = compare.best_first([compare.read_run(out / attn) for attn in ("mha", "mfa")])
 for row in compare.table(here).splitlines():
     print(row.rsplit(maxsplit=1)[0])  # without the minutes, which differ from run to run
@@ -208,16 +211,22 @@ assert {run.attn: run.cache for run in here} == {attn: cache_bytes(shape(attn)) 
 # float64 the text is the same with and without it.
 
 # %%
-trained, tokenizer = {}, None
+from support.run_folder import load_checkpoint, model_from
+from support.tokenizers import tokenizer_from
+
+trained = {}
 for attn in ("mha", "mfa"):
     checkpoint = load_checkpoint(out / attn / "best.pt")
     tokenizer = tokenizer_from(checkpoint["tokenizer"])
     trained[attn] = model_from(checkpoint, out / attn / "best.pt", torch.device("cpu")).double().eval()
-    prompt = torch.tensor([tokenizer.encode("\nKING")])
+
+# %%
+for attn, model in trained.items():
+    prompt = torch.tensor(tokenizer.encode("\nKING").tolist())[None]
     texts = []
     for use_cache in (True, False):
         generator = torch.Generator().manual_seed(1)
-        ids_out = trained[attn].generate(prompt, 200, temperature=0.7, use_cache=use_cache, generator=generator)
+        ids_out = model.generate(prompt, 200, temperature=0.7, use_cache=use_cache, generator=generator)
         texts.append(tokenizer.decode(ids_out[0].tolist()))
     assert texts[0] == texts[1]
     print(f"--- {NAME[attn]}{texts[0]}\n")
@@ -229,7 +238,7 @@ for attn in ("mha", "mfa"):
 
 
 # %%
-line = tokenizer.encode("Now is the winter of our discontent")
+line = tokenizer.encode("Now is the winter of our discontent").tolist()
 maps = {}
 for attn, model in trained.items():
     x, layer = model.blocks[0](model.embed(torch.tensor([line]))), model.blocks[1].attn
@@ -308,19 +317,23 @@ assert all(abs(measured["H = 96, scaled", a] / measured["H = 2048, 0.02", a] - 1
 # standard deviation 1.3% smaller than $s$; the formula takes $s$ as if it were not so.)
 
 # %%
+widths, points = torch.tensor([64, 128, 256, 512, 1024]), {}
+for attn in ("mha", "mfa"):
+    for std in (0.02, 0.0):
+        points[attn, std] = torch.zeros(len(widths))
+        for at, H in enumerate(widths.tolist()):
+            for seed in range(3):  # a small layer has few weights, and layers differ
+                points[attn, std][at] += std_over_keys(fresh_scores(attn, H, std, seed)) / 3
+
+# %%
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
-widths = torch.tensor([64, 128, 256, 512, 1024])
 for ax, std, title in zip(axes, (0.02, 0.0), ("$s = 0.02$ at every width", "$s = 0.02\\sqrt{2048/H}$"), strict=True):
     for attn in ("mha", "mfa"):
         s = torch.tensor([shape(attn, int(H), init_std=std).std for H in widths])
         predicted = widths * s**2 * (1 if attn == "mha" else (widths / 8).sqrt() * s)
-        points = torch.zeros(len(widths))
-        for at, H in enumerate(widths.tolist()):
-            for seed in range(3):  # a small layer has few weights, and layers differ
-                points[at] += std_over_keys(fresh_scores(attn, H, std, seed)) / 3
-        assert ((points / predicted - 1).abs() < 0.35).all(), (attn, std, points / predicted)
+        assert ((points[attn, std] / predicted - 1).abs() < 0.35).all(), (attn, std, points[attn, std] / predicted)
         ax.loglog(widths, predicted, color=COLOR[attn], alpha=0.5)
-        ax.loglog(widths, points, MARKER[attn], color=COLOR[attn], label=NAME[attn])
+        ax.loglog(widths, points[attn, std], MARKER[attn], color=COLOR[attn], label=NAME[attn])
     ax.set(title=title, xlabel="width $H$", xticks=widths.tolist(), xticklabels=widths.tolist())
 axes[0].set_ylabel("std of the first scores")
 axes[0].legend(title="points measured, lines formula")

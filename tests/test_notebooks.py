@@ -4,6 +4,7 @@ import functools
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -66,10 +67,34 @@ def test_every_plot_is_a_picture_in_the_notebook(script):
 
 
 @everything
-def test_one_repository_address(script):
+def test_the_badge_is_built_from_a_github_remote_and_no_script_names_one(script):
     text = script.read_text(encoding="utf-8")
-    assert build.with_repository(text) == text and text.count(build.REPOSITORY) == 2  # badge, first cell
-    assert f"/notebooks/{script.relative_to(build.HERE).with_suffix('.ipynb').as_posix()})" in text
+    assert "github.com" not in text and "colab" not in text
+    notebook = build.read(script)
+    build.with_colab(notebook, script, "someone/my.fork")
+    path = script.relative_to(build.HERE).with_suffix(".ipynb").as_posix()
+    title, badge = notebook.cells[0].source.split("\n\n")[:2]
+    assert title.startswith("# ") and badge.endswith(f"/github/someone/my.fork/blob/main/notebooks/{path})")
+    first = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert "git clone -q --depth 1 https://github.com/someone/my.fork mfa" in first and first.count("import sys") == 1
+    compile(first, "first cell", "exec")
+    assert build.sources(build.without_colab(notebook)) == build.sources(build.read(script))
+
+
+@pytest.mark.parametrize(
+    "url, repo",
+    [
+        ("https://github.com/someone/mfa.git", "someone/mfa"),
+        ("git@github.com:someone/mfa.git", "someone/mfa"),
+        ("https://github.com/some-one/m.f_a/", "some-one/m.f_a"),
+        ("https://example.org/someone/mfa.git", None),
+        ("/srv/git/mfa", None),
+        ("", None),
+    ],
+)
+def test_the_repository_is_that_of_the_remote_if_it_is_on_github(url, repo, monkeypatch):
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=f"{url}\n"))
+    assert build.repository() == repo
 
 
 @everything
@@ -89,13 +114,13 @@ def test_code_cells_are_short(script):
 @everything
 def test_the_first_cell_is_the_common_one_and_the_others_need_no_network(script):
     assert cells(script, "code")[0] == cells(SCRIPTS[0], "code")[0]
-    assert not any(NETWORK.search(cell) for cell in cells(script, "code")[1:])
+    assert not any(NETWORK.search(cell) for cell in cells(script, "code"))
 
 
 @lessons
 def test_structure(script):
     code, prose = cells(script, "code"), cells(script, "markdown")
-    assert 15 <= len(code) <= 25
+    assert 15 <= len(code) <= 35
     assert sum(bool(CHECK.search(cell)) for cell in code) >= 8, "most cells should be able to fail"
     assert sum("plt.show()" in cell for cell in code) >= 2
     for needed in ("**The story.**", "**After this notebook you can**", "**Time:**"):
@@ -110,7 +135,7 @@ def test_exercises_are_open_in_the_lesson_and_right_in_the_solution(script):
     for notebook in (script, solution):
         assert re.findall(r"^check\((\d)", "\n".join(cells(notebook, "code")), re.M) == ["1", "2", "3"]
     assert "## Exercises" in "\n".join(cells(script, "markdown"))
-    assert re.findall(r"Exercise (\d): not answered yet. Hint: \w", printed(script)) == ["1", "2", "3"]
+    assert re.findall(r"Exercise (\d): not answered yet. For a hint: hint\(\1\)", printed(script)) == ["1", "2", "3"]
     assert re.findall(r"Exercise (\d): right\.", printed(solution)) == ["1", "2", "3"]
     assert cells(solution, "code")[-1] == "nb.all_right()"  # so that CI fails where an answer is wrong
 
@@ -127,14 +152,53 @@ def test_the_readme_lists_it(script):
     assert f"[{script.stem}]({script.stem}.ipynb)" in (build.HERE / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_wrong_answer_gets_the_hint_and_only_a_right_one_counts(capsys):
+@lessons
+def test_hints_and_right_answers_are_out_of_sight(script):
     import nb
 
-    for answer in (..., 3.0, float("nan"), [3.0, 2.0]):
-        nb.check(1, answer, 2.0, "think.")
-        assert "right." not in capsys.readouterr().out and nb.OUTCOME[1] is False
-    nb.check(1, 2, 2.0, "think.")
+    text = script.read_text(encoding="utf-8") + printed(script)
+    known = nb.REFERENCE[script.stem[:2]]
+    assert list(known) == [1, 2, 3]
+    for number, exercise in known.items():
+        assert exercise.hint not in text
+        compared = re.search(rf"^check\({number}, .*$", text, re.M)[0]
+        in_the_open = re.search(r", (\w+\(x\)|eq6|M)\)$", compared)  # what a layer gives is no secret
+        assert bool(in_the_open) == (exercise.right is None), compared
+
+
+@pytest.mark.parametrize("notebook", [f"{n:02}" for n in range(1, 8)])
+def test_a_right_answer_can_be_worked_out_and_another_is_refused(notebook, capsys):
+    import nb
+    import torch
+
+    check, _ = nb.exercises(notebook)
+    for number, exercise in nb.REFERENCE[notebook].items():
+        if exercise.right:
+            right = torch.as_tensor(exercise.right()).double()
+            for answer in (right, right * 1.01 + 0.01):
+                check(number, answer)
+                assert nb.OUTCOME[number] == (answer is right)
+    assert "right." in capsys.readouterr().out
+
+
+def test_only_a_wrong_answer_and_who_asks_get_the_hint_and_only_a_right_one_counts(capsys, monkeypatch):
+    import nb
+
+    monkeypatch.setitem(nb.REFERENCE, "00", {1: nb.REFERENCE["01"][1]._replace(hint="think.", right=lambda: 2.0)})
+    check, hint = nb.exercises("00")
+    for answer in (..., [..., 1], (1, ...)):
+        check(1, answer)
+        assert capsys.readouterr().out == "Exercise 1: not answered yet. For a hint: hint(1)\n" and nb.OUTCOME[1] is False
+    for answer in (3.0, float("nan"), [3.0, 2.0]):
+        check(1, answer)
+        printed = capsys.readouterr().out
+        assert "not yet" in printed and "think." in printed and nb.OUTCOME[1] is False
+    hint(1)
+    assert capsys.readouterr().out == "Exercise 1, hint: think.\n"
+    check(1, 2)
     assert capsys.readouterr().out == "Exercise 1: right.\n" and nb.OUTCOME[1] is True
+    check(1, 3, 3)  # compared in the open
+    assert capsys.readouterr().out == "Exercise 1: right.\n"
 
 
 def test_close_fails_where_numbers_shapes_or_nan_differ():
