@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,11 +13,12 @@ SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "Desktop.ini", "Icon\r"}
 @contextlib.contextmanager
 def name_the_file(path: Path) -> Iterator[None]:
     """Makes an OSError name path: a full disk's does not, and torch.save hides it entirely."""
+    handled = sys.exc_info()[1]  # what a caller is busy with is no cause
     try:
         yield
     except (OSError, RuntimeError) as e:
         cause = e if isinstance(e, OSError) else e.__context__
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or cause is handled:
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from e
 

@@ -27,6 +27,7 @@ TOY = f"{QUICK} --batch_size 32 --n_layer 1 --dim 64 --head_dim 16 --block_size 
 RUN = {
     "python train.py --attn mfa_kr": (QUICK, "6.25% of MHA's"),
     'python sample.py --prompt "ROMEO:"': ("--max_new_tokens 20", "out/tiny-mfa_kr/best.pt: mfa_kr, step 2"),
+    "python sample.py --checkpoint shipped-mfa_kr": ("--max_new_tokens 20", "20 tokens in "),
     "python train.py --attn mha": (QUICK, "100.00% of MHA's"),
     "python train.py --file my_notes.txt --tokenizer byte --out out/notes": (QUICK, "text: file-my_notes-byte"),
     "python train.py --plugin examples/my_attention.py --attn tied2": (QUICK, "in out/tiny-tied2: best.pt"),
