@@ -37,6 +37,7 @@ from support.corpora import (
     HUTTER_ENDS,
     WHOLE_DOCUMENTS,
     Corpus,
+    check_text_flags,
     find_files,
 )
 from support.data_set import DATA_SET, VERSION, is_data_set, load, read_meta
@@ -202,7 +203,7 @@ def prepare(
     """
     tok = tokenizer_from(tokenizer) if isinstance(tokenizer, dict) else None
     kind = tokenizer["kind"] if tok else tokenizer
-    check_flags(dataset, file, source, kind, vocab_size, data_dir, separator)
+    check_text_flags(dataset, file, source, kind, vocab_size, data_dir, separator)
     folder = folder_for(dataset, tokenizer, vocab_size, file, data_dir)
     finish_replacing(folder, DATA_SET)
     old = read_meta(folder) if is_data_set(folder) and not overwrite else {}
@@ -256,44 +257,6 @@ def prepare(
     again = " again, as its text or separator has changed" if old else ""
     print(f"prepared {folder}{again}: {tokens:,} tokens, {tokens / seconds:,.0f} a second")
     return folder
-
-
-def check_flags(
-    dataset: str,
-    file: str | None,
-    source: str | None,
-    tokenizer: str,
-    vocab_size: int | None,
-    data_dir: str | Path,
-    separator: str | None,
-) -> None:
-    """BadInput for flags that cannot be, or do not go together."""
-    if dataset not in CORPORA:
-        names = ", ".join(CORPORA)
-        wrong = f"--dataset {dataset}: is not one of {names}; for a text of your own use --file"
-    elif file is not None and not str(file):
-        wrong = "--file: is empty; give a text file or a folder of them"
-    elif file is not None and dataset != "shakespeare":
-        wrong = f"--file {file}: does not go with --dataset {dataset}; give one of the two"
-    elif source is not None and (file is not None or dataset == "python"):
-        other = "--file" if file else dataset
-        wrong = f"--source {source}: goes with a corpus that has files, not with {other}"
-    elif tokenizer not in ("char", "byte", "bpe", "gpt2"):
-        wrong = f"--tokenizer {tokenizer}: is not one of char, byte, bpe, gpt2"
-    elif vocab_size is not None and tokenizer != "bpe":
-        wrong = f"--vocab_size {vocab_size}: goes with --tokenizer bpe only, not with {tokenizer}"
-    elif vocab_size is not None and not 257 <= vocab_size <= 1_000_000:
-        limits = "must be 257 (256 bytes and the end of text) to 1000000"
-        wrong = f"--vocab_size {vocab_size}: {limits}"
-    elif separator and file is None:
-        wrong = f"--separator {separator!r}: goes with --file, a corpus has its own"
-    elif separator and len(separator) > text_files.LONGEST_SEPARATOR:
-        wrong = f"--separator: is longer than {text_files.LONGEST_SEPARATOR:,} characters"
-    elif Path(data_dir).is_file():
-        wrong = f"--data_dir {data_dir}: is a file; give a folder"
-    else:
-        return
-    raise BadInput(wrong)
 
 
 def make_tokenizer(kind: str, vocab_size: int, text: Text) -> Tokenizer:

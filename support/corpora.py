@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from support.cli import BadInput, progress_bar
-from support.text_files import DOWNLOADS, checksum, describe, find_texts
+from support.text_files import DOWNLOADS, LONGEST_SEPARATOR, checksum, describe, find_texts
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 if (CHECKOUT / "data" / "shakespeare.txt").is_file():
@@ -134,6 +134,44 @@ CORPORA = {
 # fmt: on
 OWN_TEXT = Corpus(DOCUMENTS, "", "your own text")
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+def check_text_flags(
+    dataset: str,
+    file: str | None,
+    source: str | None,
+    tokenizer: str,
+    vocab_size: int | None,
+    data_dir: str | Path,
+    separator: str | None,
+) -> None:
+    """BadInput for flags that cannot be, or do not go together."""
+    if dataset not in CORPORA:
+        names = ", ".join(CORPORA)
+        wrong = f"--dataset {dataset}: is not one of {names}; for a text of your own use --file"
+    elif file is not None and not str(file):
+        wrong = "--file: is empty; give a text file or a folder of them"
+    elif file is not None and dataset != "shakespeare":
+        wrong = f"--file {file}: does not go with --dataset {dataset}; give one of the two"
+    elif source is not None and (file is not None or dataset == "python"):
+        other = "--file" if file else dataset
+        wrong = f"--source {source}: goes with a corpus that has files, not with {other}"
+    elif tokenizer not in ("char", "byte", "bpe", "gpt2"):
+        wrong = f"--tokenizer {tokenizer}: is not one of char, byte, bpe, gpt2"
+    elif vocab_size is not None and tokenizer != "bpe":
+        wrong = f"--vocab_size {vocab_size}: goes with --tokenizer bpe only, not with {tokenizer}"
+    elif vocab_size is not None and not 257 <= vocab_size <= 1_000_000:
+        limits = "must be 257 (256 bytes and the end of text) to 1000000"
+        wrong = f"--vocab_size {vocab_size}: {limits}"
+    elif separator and file is None:
+        wrong = f"--separator {separator!r}: goes with --file, a corpus has its own"
+    elif separator and len(separator) > LONGEST_SEPARATOR:
+        wrong = f"--separator: is longer than {LONGEST_SEPARATOR:,} characters"
+    elif Path(data_dir).is_file():
+        wrong = f"--data_dir {data_dir}: is a file; give a folder"
+    else:
+        return
+    raise BadInput(wrong)
 
 
 def find_files(
