@@ -95,6 +95,9 @@ def attention_kernels(device: torch.device, decoding: bool = False):
 # Signals
 
 
+PIPE_CLOSED = 13  # SIGPIPE, which Windows does not have: a shell reports 141
+
+
 class Signals:
     """While entered, SIGINT, SIGTERM and SIGHUP let the step be finished and saved first.
 
@@ -272,9 +275,6 @@ class Machine:
         """
         wait = self.parallel is not None and more
         return self.parallel.no_sync() if wait else contextlib.nullcontext()
-
-
-PIPE_CLOSED = 13  # SIGPIPE, which Windows does not have: a shell reports 141
 
 
 def residual_in_bfloat16(module, ids: Tensor, x: Tensor) -> Tensor:

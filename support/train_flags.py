@@ -107,7 +107,7 @@ def origin_of(args: Any, run: Run) -> dict | None:
         for name in here
         if name not in MAY_DIFFER and here[name] != there[name]
     ]
-    if taken["plugin"] and text_of(args.plugin) != text_of(taken["plugin"]):
+    if taken["plugin"] and contents(args.plugin) != contents(taken["plugin"]):
         other.append(f"its attention is that of {taken['plugin']}, not of {args.plugin}")
     if other:
         what = "leave these flags out, or train a new model without --init_from"
@@ -115,5 +115,5 @@ def origin_of(args: Any, run: Run) -> dict | None:
     return ckpt
 
 
-def text_of(file: Path | None) -> bytes:
+def contents(file: Path | None) -> bytes:
     return file.read_bytes() if file else b""
