@@ -564,9 +564,10 @@ def test_a_new_run_refuses_a_folder_that_holds_one_and_overwrite_replaces_it(dat
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 4 and [row["step"] for row in rows(tmp_path)] == [2, 4, 4]
 
 
-def test_a_process_killed_at_random_moments_loses_nothing_and_leaves_no_unreadable_file():
-    result = kill_test(kills=3)  # experiments/probes/kill_test.py does it 50 times
-    assert sum(result["died_in"].values()) == 3 and result["identical_to_uninterrupted"]
+@pytest.mark.parametrize("optimizer, kills", [("adamw", 3), ("muon", 2)])
+def test_a_process_killed_at_random_moments_loses_nothing_and_leaves_no_unreadable_file(optimizer, kills):
+    result = kill_test(kills, optimizer=optimizer)  # experiments/probes/kill_test.py does it 50 times
+    assert sum(result["died_in"].values()) == kills and result["identical_to_uninterrupted"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

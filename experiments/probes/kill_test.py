@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -49,12 +50,13 @@ class Args:
 
     kills: int = 50  # how many
     seed: int = 0  # of the moments
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of train.py
     results: Path | None = None  # write the result there, as JSON
 
 
-def start(folder: Path, steps: int) -> subprocess.Popen:
+def start(folder: Path, steps: int, optimizer: str) -> subprocess.Popen:
     """Begin or resume the run in folder, as a user would."""
-    flags = f"{MODEL} {RECIPE} --max_iters {steps} --resume".split()
+    flags = f"{MODEL} {RECIPE} --optimizer {optimizer} --max_iters {steps} --resume".split()
     flags += ["--file", str(folder.parent / "text.txt")]
     flags += ["--data_dir", str(folder / "data"), "--out", str(folder / "out")]
     command = [sys.executable, str(ROOT / "train.py"), *flags]
@@ -77,10 +79,10 @@ def lines_with_steps(process: subprocess.Popen):
             yield int(line.split()[1])
 
 
-def run_to_end(folder: Path, steps: int) -> float:
+def run_to_end(folder: Path, steps: int, optimizer: str) -> float:
     """Returns the seconds until the run's first step."""
     began = time.perf_counter()
-    with start(folder, steps) as process:
+    with start(folder, steps, optimizer) as process:
         first = 0.0
         for _ in lines_with_steps(process):
             first = first or time.perf_counter() - began
@@ -99,8 +101,9 @@ def unfinished_files(out: Path) -> set[tuple]:
 
 
 def kill_once(
-    folder: Path, steps: int, phase: str, way: str, target: int, startups: list, rng: random.Random
-) -> tuple[str, bool]:
+    folder: Path, steps: int, optimizer: str, phase: str, way: str, target: int, startups: list,
+    rng: random.Random,
+) -> tuple[str, bool]:  # fmt: skip
     """Resume the run and end it, in a phase at or after a step.
 
     Returns the phase in which it was struck, and whether it had the time to save. startups: what
@@ -109,7 +112,7 @@ def kill_once(
     out = folder / "out"
     began = time.perf_counter()
     before = unfinished_files(out)
-    with start(folder, steps) as process:
+    with start(folder, steps, optimizer) as process:
         if phase == "start-up":
             time.sleep(rng.uniform(0, min(startups)))
         else:
@@ -187,7 +190,7 @@ def identical(a, b) -> bool:
     return a == b
 
 
-def kill_test(kills: int, seed: int = 0) -> dict:
+def kill_test(kills: int, seed: int = 0, optimizer: str = "adamw") -> dict:
     """The figures of the result. SystemExit, or BadInput, at the first thing that is wrong."""
     began, rng = time.perf_counter(), random.Random(seed)
     steps = 4 * EVERY + 8 * kills
@@ -197,12 +200,14 @@ def kill_test(kills: int, seed: int = 0) -> dict:
         alone, killed = Path(temporary) / "alone", Path(temporary) / "killed"
         text = (DATA / "shakespeare.txt").read_text(encoding="utf-8")[:50_000]
         (Path(temporary) / "text.txt").write_text(text, encoding="utf-8")
-        startups = [run_to_end(alone, steps)]
+        startups = [run_to_end(alone, steps, optimizer)]
         print(f"an uninterrupted run of {steps} steps: first after {startups[0]:.1f} s", flush=True)
         for k, target in enumerate(targets):
             way = WAYS[k % len(WAYS)]
             aim = PHASES[k % 3]
-            phase, had_time = kill_once(killed, steps, aim, way, target, startups, rng)
+            phase, had_time = kill_once(
+                killed, steps, optimizer, aim, way, target, startups, rng
+            )
             died[phase] += 1
             ways[way] += 1
             step, logged = check_files(killed / "out")
@@ -216,7 +221,7 @@ def kill_test(kills: int, seed: int = 0) -> dict:
             repeated += max(0, logged - step)
             state = f"{way} in {phase}, after step {logged}: all readable, goes on from {reached}"
             print(f"kill {k + 1} of {kills}: {state}", flush=True)
-        run_to_end(killed, steps)
+        run_to_end(killed, steps, optimizer)
         check_files(killed / "out")
         expected, found = result_of(alone / "out"), result_of(killed / "out")
         left = sorted(path.name for path in (killed / "out").glob("*.part"))
@@ -226,7 +231,7 @@ def kill_test(kills: int, seed: int = 0) -> dict:
     if left:
         raise SystemExit(f"left behind: {', '.join(left)}")
     return {
-        "kills": kills, "by": {way: ways[way] for way in WAYS},
+        "optimizer": optimizer, "kills": kills, "by": {way: ways[way] for way in WAYS},
         "died_in": {phase: died[phase] for phase in PHASES}, "steps": steps,
         "checkpoint_every": EVERY, "steps_done_twice": repeated, "unreadable_files": 0,
         "identical_to_uninterrupted": True, "seconds": round(time.perf_counter() - began, 1),
@@ -235,7 +240,7 @@ def kill_test(kills: int, seed: int = 0) -> dict:
 
 def main(args: Args) -> None:
     require_at_least_1(args, "kills")
-    result = provenance() | kill_test(args.kills, args.seed)
+    result = provenance() | kill_test(args.kills, args.seed, args.optimizer)
     phases = ", ".join(f"{n} in {phase}" for phase, n in result["died_in"].items())
     ways = ", ".join(f"{n} by {way}" for way, n in result["by"].items())
     print(
