@@ -20,14 +20,16 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     a decomposition. In bfloat16 on a GPU, where that is fast and good enough.
     """
     X = G.to(torch.bfloat16) if G.is_cuda else G
+    X = X.reshape(-1, *G.shape[-2:])  # (matrices, r, c)
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
     for _ in range(steps):
         gram = X @ X.mT
-        X = A * X + (B * gram + C * gram @ gram) @ X
-    return (X.mT if tall else X).to(G.dtype)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)  # B gram + C gram gram
+        X = torch.baddbmm(X, polynomial, X, beta=A)  # A X + polynomial X
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
 def heads_apart(x: Tensor, n: int) -> Tensor:
