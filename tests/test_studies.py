@@ -117,6 +117,25 @@ def test_queue():
         } <= planned
 
 
+def test_seeds_come_after_the_rates_and_at_the_best_of_them():
+    arms = list(studies.MODERN)
+    before = list(queue("modern"))
+    low, middle, high = studies.MUON_GRID
+    plan = [(arm, middle, 0) for arm in arms]
+    plan += [(arm, factor, 0) for arm in arms for factor in (low, high)]
+    plan += [(arm, middle, seed) for seed in (1, 2) for arm in arms]
+    assert [task.run for task in before] == [run_for("modern", *each) for each in plan]
+    losses = {middle: 3.6, high: 3.5, low: None}  # of MFA alone
+    tasks = [studies.Task("modern", "mfa", run_for("modern", "mfa", f, 0)) for f in losses]
+    rows = [row(*each) for each in zip(tasks, losses.values(), strict=True)]
+    done = results_by_run(rows, f"pg-books-bpe{studies.VOCAB}")
+    after = list(queue("modern", done=done))
+    changed = {task.run.lr for task in after if task.run.seed and task.arm == "mfa"}
+    assert changed == {0.0045} and len(after) == len(before)
+    others = [[task for task in tasks if task.arm != "mfa"] for tasks in (before, after)]
+    assert others[0] == others[1]
+
+
 def test_studies_share_runs():
     mha = run_for("figure1", "mha", 1, 0)
     assert all(

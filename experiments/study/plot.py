@@ -59,7 +59,7 @@ from support.palette import COLOR, MARKER, NAME
 from support.provenance import ROOT, read_json
 from train import mha_of
 
-WITH_GRID = {study for study, _, factors, _ in QUEUE if factors == GRID}
+WITH_GRID = {study for study, _, factors, _ in QUEUE if factors in (GRID, MUON_GRID)}
 COMPARED = ("mha", "mfa", "mfa_kr")
 SCALED = {attn: NAME[attn] for attn in COMPARED} | {"mfa_half": "MFA, query rank dim/2"}
 T95 = {2: 4.303, 3: 3.182, 4: 2.776}  # Student's t of a two-sided 95% interval, by degrees
@@ -226,11 +226,11 @@ def differences(
 def status_part(results: Results) -> str:
     body = []
     for study in STUDIES:
-        runs = [task.run for task in queue(study, results.toy)]
+        runs = [task.run for task in queue(study, results.toy, results.done)]
         made = [results.done[run] for run in runs if run in results.done]
         lost = sum(map(untrained, made))
         body.append([study, str(len(runs)), str(len(made)), str(lost)])
-    runs = [task.run for task in queue("all", results.toy)]
+    runs = [task.run for task in queue("all", results.toy, results.done)]
     made = sum(run in results.done for run in runs)
     together = f"Together {len(runs)} runs, since studies share some; {made} are made."
     return table(["study", "runs", "made", "of them did not train"], body) + "\n\n" + together
@@ -288,21 +288,18 @@ def grid_part(results: Results) -> str:
 
 
 def modern_part(results: Results) -> str:
-    """Perplexity by rate and seed beside the cache, and distances from MHA and from the others."""
-    planned = [task.run for task in queue("modern", results.toy)]
-    settings = [(1, seed) for seed in SEEDS] + [(f, 0) for f in MUON_GRID if f != 1]
+    """Perplexity at the best rate and at each, and distances from MHA and from the others."""
     body = []
     for arm, a in MODERN.items():
         run, rows = results.run("modern", arm), results.of("modern", arm)
         sizes = sizes_of(run)
-        runs = [run_for("modern", arm, factor, seed, results.toy) for factor, seed in settings]
-        made = [results.done.get(run) if run in planned else None for run in runs]
-        cells = [outcome([row]) if row else "–" for row in made]
         counts = [f"{sizes.cache_share:.2%}", f"{sizes.params / 1e6:.2f}M"]
-        body.append([a.name, *counts, outcome(rows), *cells])
-    rates = [f"{results.run('modern', 'mha', factor).lr:.2g}" for factor, _ in settings]
-    head = [f"{rate}, seed {seed}" for rate, (_, seed) in zip(rates, settings, strict=True)]
-    head = ["", "cache, of MHA's", "parameters", f"perplexity at {rates[0]}", *head]
+        lr = f"{rows[0]['lr']:.2g}" if rows else "–"
+        by_rate = [results.done.get(results.run("modern", arm, factor)) for factor in MUON_GRID]
+        cells = [outcome([row] if row else []) for row in by_rate]
+        body.append([a.name, *counts, lr, str(len(rows)), outcome(rows), *cells])
+    rates = [f"{rate}, seed 0" for rate in rates_of(results, "modern", "mha", MUON_GRID)]
+    head = ["", "cache, of MHA's", "parameters", "peak lr", "seeds", "perplexity", *rates]
     made = [arm for arm in MODERN if results.of("modern", arm)]
     pairs = [(arm, other) for arm in ("mfa", "mfa_kr_half_norm") for other in made if other != arm]
     pairs = [(arm, other) for arm, other in pairs if arm in made]
@@ -669,10 +666,7 @@ LABELS = {
         "mfa_kr_half_norm": ("MFA-KR, inverse,\nhalf rotated, qk_norm", "above"),
     },
 }
-RECIPES = {
-    "figure1": "AdamW, best of three rates",
-    "modern": "Muon, 3e-3",
-}
+RECIPES = {"figure1": "AdamW", "modern": "Muon"}
 
 
 def figure1(results: Results) -> Figure | None:
@@ -690,6 +684,7 @@ def figure1(results: Results) -> Figure | None:
 
 def draw_perplexities(ax, results: Results, study: str) -> None:
     points, most = [], 1  # (share of MHA's cache, mean perplexity); seeds of an arm
+    tried = [len(losses) for arm in LABELS[study] if (losses := results.losses_by_rate(study, arm))]
     for arm, (label, side) in LABELS[study].items():
         ppl = [row["ppl"] for row in results.trained(study, arm)]
         if not ppl:
@@ -713,7 +708,10 @@ def draw_perplexities(ax, results: Results, study: str) -> None:
         ax.annotate(label, point, **place, fontsize=9, color=look["color"])
     ax.plot(*zip(*pareto(points), strict=True), color="0.6", linewidth=1.2, zorder=1)
     spread = f"mean ± deviation of {most} seeds" if most > 1 else "one seed"
-    ax.set_title(f"{RECIPES[study]}, {spread}", fontsize=10)
+    fewest, highest = min(tried), max(tried)
+    rates = f"{fewest} to {highest}" if fewest < highest else str(fewest)
+    rates = f"best of {rates} rates" if highest > 1 else "one rate"
+    ax.set_title(f"{RECIPES[study]}, {rates}, {spread}", fontsize=10)
     ax.set_xscale("log", base=2)
     ticks = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
     ax.set_xticks(ticks, ["1/16", "1/8", "1/4", "1/2", "all"])

@@ -389,7 +389,7 @@ def describe(task: Task) -> str:
 
 def print_queue(args: Args, rows: list[dict], dataset: str, device: str) -> None:
     done, total = results_by_run(rows, dataset), 0.0
-    for number, task in enumerate(queue(args.study, args.smoke), 1):
+    for number, task in enumerate(queue(args.study, args.smoke, done), 1):
         row = done.get(task.run)
         if row is None:
             seconds = estimate(task.run, rows, args, device)
@@ -456,12 +456,16 @@ class Scheduler:
     def __init__(self, args: Args, path: Path, rows: list[dict], dataset: str, origin: dict):
         self.args, self.path, self.rows = args, path, rows
         self.columns = dict(dataset=dataset, jobs=args.jobs, **origin)
-        self.tasks = list(queue(args.study, args.smoke))
         self.done = results_by_run(rows, dataset)
         self.failed: set[Run] = set()
         self.running: dict[Future, tuple[Task, str]] = {}  # with its device
         self.devices = devices_of(args.device)
         self.began = time.perf_counter()
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The queue; results may change what is best, and so its end."""
+        return list(queue(self.args.study, self.args.smoke, self.done))
 
     def train_all(self, start: Callable[..., Future], *values) -> None:
         """values: what train_run takes after the folder and the device."""

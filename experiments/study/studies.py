@@ -55,6 +55,7 @@ SEEDS = (0, 1, 2)
 # Peak learning rates, as factors of the size's lr.
 GRID = (5 / 7, 1, 10 / 7)  # at 30M 1e-3, 1.4e-3, 2e-3
 MUON_GRID = (2 / 3, 1, 3 / 2)  # 2e-3, 3e-3, 4.5e-3
+BEST = ()  # in QUEUE: the best of them so far
 TOO_HIGH = 20 / 7  # 4e-3, which the first three arms do not stand
 
 
@@ -218,18 +219,20 @@ MODERN = {
     "mla_joint": Arm("MLA, joint latent of 128", MLA_JOINT, **MUON),
     "gqa2": Arm("GQA, 2 KV heads", GQA2, **MUON),
     "mfa_kr": Arm("MFA-KR, pre", KR, **MUON),
-    "mha_norm": Arm("MHA, qk_norm", dict(**MHA, qk_norm=True), **MUON),
+    # A sixteenth of MHA's cache, as MFA-KR's.
+    "mqa_16": Arm("MQA, 16 heads of dim/16", dict(**MQA, head_dim=32), **MUON),
     "mfa_half": Arm("MFA, query rank dim/2", dict(**MFA, q_rank=256), **MUON),
-    "mfa_step3": Arm(
-        "MFA as Step-3's: latent_norm, query rank 8 C",
-        dict(**MFA, latent_norm=True, q_rank=512),
-        **MUON,
-    ),
-    "mfa_kr_inverse": Arm("MFA-KR, inverse", dict(**KR, key_reuse_rope="inverse"), **MUON),
-    "mfa_kr_half": Arm("MFA-KR, inverse, half rotated", dict(**KR, **HALF), **MUON),
     "mfa_kr_v4": Arm(
         "MFA-KR as DeepSeek-V4's core: inverse, half rotated, qk_norm, query rank dim/2, vanilla",
         dict(**KR, **HALF, qk_norm=True, q_rank=256, key_reuse="vanilla"),
+        **MUON,
+    ),
+    "mha_norm": Arm("MHA, qk_norm", dict(**MHA, qk_norm=True), **MUON),
+    "mfa_kr_inverse": Arm("MFA-KR, inverse", dict(**KR, key_reuse_rope="inverse"), **MUON),
+    "mfa_kr_half": Arm("MFA-KR, inverse, half rotated", dict(**KR, **HALF), **MUON),
+    "mfa_step3": Arm(
+        "MFA as Step-3's: latent_norm, query rank 8 C",
+        dict(**MFA, latent_norm=True, q_rank=512),
         **MUON,
     ),
     "mla_deepseek": Arm(
@@ -266,9 +269,9 @@ QUEUE = [
     *((study, STUDIES[study], GRID, SEEDS) for study in ("table3", "table5")),
     *((study, STUDIES[study], (1,), SEEDS) for study in AT_ONE_RATE),
     ("modern", MODERN, (1,), (0,)),
-    ("muon_heads", MUON_HEADS, (1,), SEEDS),
     ("modern", MODERN, MUON_GRID, (0,)),
-    ("modern", MODERN, (1,), SEEDS),
+    ("modern", MODERN, BEST, SEEDS),
+    ("muon_heads", MUON_HEADS, (1,), SEEDS),
 ]
 
 
@@ -319,15 +322,20 @@ def run_for(study: str, arm: str, factor: float, seed: int, toy: bool = False) -
     return Run(cfg, a.build, batch_size, max_iters, seed, rate, a.optimizer)
 
 
-def queue(study: str = "all", toy: bool = False) -> Iterator[Task]:
-    """Every run of a study, or of all, once, in order."""
+def queue(
+    study: str = "all", toy: bool = False, done: dict[Run, dict] | None = None
+) -> Iterator[Task]:
+    """Every run of a study, or of all, once, in order.
+
+    done: the results, which say what rate is best; without them the middle one stands for it.
+    """
     seen = set()
     for name, arms, factors, seeds in QUEUE:
         if study not in ("all", name):
             continue
         for seed in seeds:
             for arm in arms:
-                for factor in factors:
+                for factor in factors or [best_rate(name, arm, done or {}, toy) or 1]:
                     run = run_for(name, arm, factor, seed, toy)
                     if run not in seen:
                         seen.add(run)
@@ -393,21 +401,27 @@ def untrained(row: dict) -> bool:
     return row["diverged"] or len(curve) > 1 and curve[-1] >= curve[0]
 
 
+def grid_of(study: str, arm: str) -> tuple[float, ...]:
+    """Its learning rates, as factors of the size's."""
+    return MUON_GRID if STUDIES[study][arm].optimizer.startswith("muon") else GRID
+
+
 def losses_by_rate(
     study: str, arm: str, done: dict[Run, dict], toy: bool = False
 ) -> dict[float, dict[int, float | None]]:
-    """For each factor of GRID that was trained: the loss by seed, None where it diverged.
+    """For each factor of its grid that was trained: the loss by seed, None where it diverged.
 
     Of the seeds that all of these have.
     """
-    runs = {(f, seed): run_for(study, arm, f, seed, toy) for f in GRID for seed in SEEDS}
-    factors = [f for f in GRID if runs[f, 0] in done]
+    grid = grid_of(study, arm)
+    runs = {(f, seed): run_for(study, arm, f, seed, toy) for f in grid for seed in SEEDS}
+    factors = [f for f in grid if runs[f, 0] in done]
     seeds = [seed for seed in SEEDS if all(runs[f, seed] in done for f in factors)]
     return {f: {seed: done[runs[f, seed]]["val_loss"] for seed in seeds} for f in factors}
 
 
 def best_rate(study: str, arm: str, done: dict[Run, dict], toy: bool = False) -> float | None:
-    """The factor of GRID with the lowest mean loss, among those that trained; None if none did."""
+    """The factor of its grid with the lowest mean loss, of those that trained; None if none did."""
     losses = losses_by_rate(study, arm, done, toy)
     totals = {f: sum(by.values()) for f, by in losses.items() if None not in by.values()}
     return min(totals, key=totals.get, default=None)
