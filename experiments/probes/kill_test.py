@@ -60,7 +60,8 @@ def start(folder: Path, steps: int, optimizer: str) -> subprocess.Popen:
     flags += ["--file", str(folder.parent / "text.txt")]
     flags += ["--data_dir", str(folder / "data"), "--out", str(folder / "out")]
     command = [sys.executable, str(ROOT / "train.py"), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *sys.path[1:]])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     pipe = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8")
     before = heed_signals if os.name == "posix" else None
     return subprocess.Popen(command, env=environment, preexec_fn=before, **pipe)
