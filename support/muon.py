@@ -6,11 +6,13 @@ CUDA graph. Here matrices of one shape are stacked and take their steps together
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic x -> A x + B x^3 + C x^5 of Jordan et al.
+SMALL = 1 << 24  # numbers up to which a GPU takes longer to launch these kernels than to run them
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
@@ -30,6 +32,32 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)  # B gram + C gram gram
         X = torch.baddbmm(X, polynomial, X, beta=A)  # A X + polynomial X
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+
+
+@cache
+def graph_of(shape: torch.Size, device: torch.device) -> tuple:
+    """orthogonalize() of matrices of this shape as one CUDA graph, its input and its output."""
+    given = torch.ones(shape, device=device)
+    before = torch.cuda.current_stream()
+    side = torch.cuda.Stream()
+    side.wait_stream(before)
+    with torch.cuda.stream(side):
+        orthogonalize(given)  # what is set up once must not be captured
+    before.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = orthogonalize(given)
+    return graph, given, result
+
+
+def orthogonalize_at_once(G: Tensor) -> Tensor:
+    """orthogonalize(G); small matrices on a GPU in one launch, whose next one may overwrite it."""
+    if not G.is_cuda or G.numel() > SMALL or torch.cuda.is_current_stream_capturing():
+        return orthogonalize(G)
+    graph, given, result = graph_of(G.shape, G.device)
+    given.copy_(G)
+    graph.replay()
+    return result
 
 
 def heads_apart(x: Tensor, n: int) -> Tensor:
@@ -74,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         params = [heads_apart(p, n) for p in params]  # views
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, averages, momentum)  # Nesterov
-        direction = orthogonalize(torch.stack(ahead))  # (n, ..., r, c)
+        direction = orthogonalize_at_once(torch.stack(ahead))  # (n, ..., r, c)
         length = 0.2 * max(params[0].shape[-2:]) ** 0.5
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, (direction * (-lr * length)).unbind())

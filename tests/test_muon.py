@@ -4,7 +4,7 @@ import pytest
 import torch
 from attentions import MAIN, gpt
 
-from support.muon import Both, Muon, orthogonalize
+from support.muon import Both, Muon, orthogonalize, orthogonalize_at_once
 from train import Train, make_optimizer
 
 
@@ -52,6 +52,14 @@ def test_a_matrix_steps_alike_alone_and_beside_others():
         optimizer.step()
     for a, b in zip(together, alone, strict=True):
         assert torch.allclose(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_one_launch_gives_what_many_do():
+    for shape in ((3, 40, 64), (3, 64, 40), (5, 2, 16, 8)):
+        for _ in range(3):
+            G = torch.randn(shape, device="cuda")
+            assert torch.equal(orthogonalize_at_once(G), orthogonalize(G)), shape
 
 
 @pytest.mark.parametrize("case", MAIN)
