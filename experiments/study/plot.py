@@ -39,11 +39,12 @@ from experiments.study.studies import (
     SEEDS,
     STUDIES,
     TOO_HIGH,
-    VOCAB,
     WHY,
     Run,
     best_rate,
     build,
+    dataset_asked_for,
+    dataset_of,
     losses_by_rate,
     queue,
     read_results,
@@ -66,9 +67,12 @@ T95 = {2: 4.303, 3: 3.182, 4: 2.776}  # Student's t of a two-sided 95% interval,
 
 
 class Results:
-    """The results on one text: done[run] is the line of a run. toy: those of --smoke."""
+    """The results on one text, by default each study's own. toy: those of --smoke.
 
-    def __init__(self, rows: list[dict], dataset: str = f"pg-books-bpe{VOCAB}", toy: bool = False):
+    done[run] is the line of a run.
+    """
+
+    def __init__(self, rows: list[dict], dataset: str = "", toy: bool = False):
         self.done, self.toy = results_by_run(rows, dataset), toy
 
     def run(self, study: str, arm: str, factor: float = 1) -> Run:
@@ -875,7 +879,7 @@ class Args:
 
     results: Path = RESULTS  # what run.py wrote; the plots go beside it
     page: Path = ROOT / "experiments" / "RESULTS.md"  # file whose generated parts are filled
-    dataset: str = "pg-books"  # which text's results
+    dataset: str = ""  # which text's results; default: each study's own
     smoke: bool = False  # the results are those of run.py --smoke
 
 
@@ -886,9 +890,10 @@ def save_plot(figure: Figure, path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    dataset = "shakespeare-byte" if args.smoke else f"{args.dataset}-bpe{VOCAB}"
+    dataset = dataset_asked_for(args.dataset, args.smoke)
     results = Results(read_results(args.results), dataset, args.smoke)
     if not results.done:  # and do not empty the tables
+        dataset = dataset or dataset_of("figure1")
         what = f"has no result on {dataset}; --dataset or --smoke may say another"
         what = what if args.results.is_file() else "is not there"
         advice = "python experiments/study/run.py makes results"
