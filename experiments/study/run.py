@@ -17,7 +17,6 @@ it is. Any corpus of prepare_data.py can take its place.
 """
 
 import contextlib
-import hashlib
 import itertools
 import math
 import time
@@ -62,9 +61,10 @@ from mfa import GPT, at_least_float32, cache_bytes, evaluating
 from prepare_data import load, prepare
 from support.cli import run_command
 from support.corpora import DATA
-from support.files import write_atomically
+from support.files import sha256_of, write_atomically
 from support.machine import Machine, attention_kernels, can_compile, pick_device
 from support.muon import Muon
+from support.progress import source_of
 from support.provenance import ROOT, provenance
 from support.run_folder import FORMAT, append_line, drop_cut_line
 from train import (
@@ -367,13 +367,11 @@ class Keep(NamedTuple):
         checkpoint = dict(
             format=FORMAT, model=model, config=asdict(run.cfg), step=run.max_iters,
             best_loss=val_loss, tokenizer=training.meta["tokenizer"], run=row_of(run),
-            data=dict(sources=training.meta["sources"]), args={}, optimizer={}, scaler={},
+            data=source_of(training.meta), args={}, optimizer={}, scaler={},
             rng=torch.zeros(0), seconds=0.0,
         )  # fmt: skip
         write_atomically(self.weights, lambda file: torch.save(checkpoint, file))
-        with open(self.weights, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return dict(file=self.weights.name, sha256=sha256)
+        return dict(file=self.weights.name, sha256=sha256_of(self.weights))
 
 
 def train_run(
