@@ -132,8 +132,6 @@ def compiled_loss(model: GPT, machine: Machine, how: str) -> Callable[[Tensor], 
 
     how: "model" as a whole; "blocks" one block, which serves for all; or "no".
     """
-    # Or the models of earlier runs would count as recompilations of this one, which are limited.
-    torch.compiler.reset()
     loss_of = machine.loss_function(model, compile=how == "model", graphs=False)
     if how != "blocks":
         return loss_of
@@ -254,6 +252,8 @@ class Training:
         if run.optimizer == "muon_heads":
             self.optimizer.muon = Muon(heads_one_by_one(self.model), weight_decay=0.1)
         self.fixed_shapes = cfg.n_expert == 0  # an expert's share is known only as it runs
+        # Or the models of earlier runs would count as recompilations of this one: they are limited.
+        torch.compiler.reset()
         self.loss_of = compiled_loss(self.model, machine, compile if self.fixed_shapes else "no")
         # A graph reads its inputs and leaves its results always at the same places.
         self.tokens = torch.zeros(
