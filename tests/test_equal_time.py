@@ -30,8 +30,8 @@ def share_of(cfg, mha) -> float:
 @pytest.mark.parametrize("shape", equal_time.SHAPES)
 def test_models_of_a_shape_have_equal_parameters_and_the_studys_share_of_the_cache(shape):
     configs = {arm: equal_time.config(shape, arm) for arm in equal_time.ARMS}
-    params = [count_params(cfg) for cfg in configs.values()]
-    assert max(params) / min(params) < 1.01
+    params = {arm: count_params(cfg) for arm, cfg in configs.items()}
+    assert all(n == pytest.approx(params["mha"], rel=0.01) for n in params.values())
     study = {arm: run_for("modern", arm, 1, 0).cfg for arm in equal_time.ARMS}
     for arm, cfg in configs.items():
         share = share_of(cfg, configs["mha"])
