@@ -816,8 +816,8 @@ def mha_beside(study: str, arm: str) -> str:
 
 
 EQUAL_TIME = """\
-GPU seconds are tokens over the tokens/s above, evaluations left out. The loss in MHA's seconds is an
-estimate: a slower model has seen fewer tokens by then, and between the two lengths that were
+GPU seconds are tokens over the tokens/s above, evaluations left out. The loss in MHA's seconds is
+an estimate: a slower model has seen fewer tokens by then, and between the two lengths that were
 trained to their end the loss falls along the logarithm of the tokens."""
 Speeds = dict[tuple[str, str, str], dict]  # what equal_time.read returns
 
