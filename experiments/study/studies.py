@@ -272,7 +272,8 @@ ADAMW_STUDIES = dict(
 STUDIES = dict(**ADAMW_STUDIES, modern=MODERN, ratio=RATIO, muon_heads=MUON_HEADS)
 
 # What is trained first: the arms that the claims rest on, then Table 4, question A and the rest of
-# Figure 1, with all their seeds; one seed of everything; the other seeds.
+# Figure 1, with all their seeds; one seed of everything; the other seeds. Then the modern recipe,
+# its rates before its seeds, and the paper's ratio, Muon's arms first: their seeds lie closer.
 # (study, arms, learning rates as factors of the size's, seeds)
 ROTATED = ("pre", "post", "inverse")
 AT_ONE_RATE = ("table6", "length", "question_a", "why", "figure3", "question_b")
