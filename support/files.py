@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there, and errors that name theirs."""
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_folder(new: Path, folder: Path, names: set[str]) -> None:

@@ -80,8 +80,11 @@ def test_the_page_shows_the_committed_results(tmp_path):
         "train.json",
         "copying.jsonl",
         "rounding.jsonl",
+        "words.jsonl",
+        "equal_time.jsonl",
     ):
-        shutil.copy(studies.RESULTS.with_name(name), results.with_name(name))
+        if studies.RESULTS.with_name(name).exists():
+            shutil.copy(studies.RESULTS.with_name(name), results.with_name(name))
     shutil.copy(PAGE, page)
     assert command(plot.main, plot.Args, [f"--results={results}", f"--page={page}"]) == 0
     assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
@@ -261,3 +264,100 @@ def test_a_missing_mark():
         fill("a\n<!-- x -->\nold\n<!-- /x -->\nb", {"x": r"\new"})
         == "a\n<!-- x -->\n\\new\n<!-- /x -->\nb"
     )
+
+
+def studied(study: str, losses: dict[str, list[float]]) -> list[dict]:
+    """Lines of an arm's seeds, with weights whose sha256 is "arm-seed"."""
+    rows = []
+    for arm, ends in losses.items():
+        for seed, end in enumerate(ends):
+            r = run_for(study, arm, 1, seed)
+            tokens = r.max_iters * r.batch_size * r.cfg.block_size
+            line = row(studies.Task(study, arm, r), end) | dict(name=arm, tokens=tokens)
+            line |= dict(dataset=studies.dataset_of(study), steps=r.max_iters)
+            line |= dict(curve=[[r.max_iters // 2, end + 0.3], [r.max_iters, end]])
+            rows.append(line | dict(weights=dict(file="f.pt", sha256=f"{study}-{arm}-{seed}")))
+    return rows
+
+
+RATIO_LOSSES = dict(muon_mha=[3.2, 3.3], muon_mfa=[3.26], muon_mfa_kr_half_norm=[3.3], adamw_mha=[3.4])
+MODERN_LOSSES = dict(mha=[3.64], mfa=[3.66])
+
+
+def test_a_section_without_rows_is_left_out():
+    results = plot.Results(studied("modern", MODERN_LOSSES))
+    assert plot.ratio_part(results) == plot.muon_heads_part(results) == ""
+    assert plot.words_part(results, {}) == plot.equal_time_part(results, {}) == ""
+    assert plot.words_plot(results, {}) is plot.equal_time_plot(results, {}) is None
+
+
+def test_the_ratio_is_shown_by_recipe():
+    results = plot.Results(studied("ratio", RATIO_LOSSES))
+    text = plot.ratio_part(results)
+    assert "555M tokens, 18.6 a parameter, in 16,940 steps of 64 x 512." in text
+    mean, deviation = (math.exp(3.2) + math.exp(3.3)) / 2, (math.exp(3.3) - math.exp(3.2)) / 2**0.5
+    assert f"| MHA | 16,384 | 100.00% | 29.89M | 0.003 | 2 | {mean:.2f} ± {deviation:.2f} | not made |" in text
+    assert f"| MHA | 16,384 | 100.00% | 29.89M | 0.0014 | 1 | {math.exp(3.4):.2f} | not made |" in text
+    assert "| GQA, 2 KV heads | 4,096 | 25.00% | 29.89M | – | 0 | not made | – | not made | – |" in text
+    assert "| MFA | MHA | 100.00% | -0.0100 | in 0 of 1 seeds |" in text
+    axes = plot.figure1(results).axes
+    assert [ax.get_title().splitlines() for ax in axes] == [
+        ["AdamW, the paper's 18.5 a parameter", "one rate, one seed"],
+        ["Muon, the paper's 18.5 a parameter", "one rate, mean ± deviation of 1 to 2 seeds"],
+    ]
+
+
+def measured_words(*names: str) -> dict:
+    found = {}
+    for i, name in enumerate(names):
+        blimp = {"island_effects": {"a": 0.5 + i / 10, "b": 0.7}, "binding": {"c": 0.9}}
+        distance = [[1, 5, 3.0 + i, 2, 4.0], [2, 7, 2.0 + i, 0, None]]
+        recall = dict(new=[10, 5.0 + i], seen=[12, 2.5 + i], rare=[2, 4.0 + i], distance=distance)
+        found |= {(name, "blimp"): dict(found=blimp), (name, "recall"): dict(found=recall)}
+    return found
+
+
+def test_words_stand_beside_the_cache():
+    """Means over seeds; models that were not measured, and checkpoints of no study, are left out."""
+    results = plot.Results(studied("ratio", RATIO_LOSSES))
+    measured = measured_words("ratio-muon_mha-0", "ratio-muon_mha-1", "ratio-muon_mfa-0", "somebody's")
+    text = plot.words_part(results, measured)
+    mha, mfa, ngram = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("| MHA, Muon", "| MFA, Muon", "| n-gram"))
+    assert mha.endswith("| 71.7 ± 2.4 | 5.5000 ± 0.7071 | 3.0000 ± 0.7071 | 4.5000 ± 0.7071 |")
+    assert mfa.startswith("| MFA, Muon | 2,048 | 12.50% |") and mfa.endswith("| 76.7 | 7.0000 | 4.5000 | 6.0000 |")
+    assert ngram == "| n-gram, published | – | – | – | 61.2 | – | – | – |"
+    assert "| island effects, 2 paradigms | 62.5 ± 3.5 | 70.0 |" in text
+    assert "| MHA, Muon | 3.5000 | 2.5000 |" in text and "| 1 | 2 to 3 |" in text
+    _, right = plot.words_plot(results, measured).axes
+    assert [[*line.get_ydata()] for line in right.lines] == [[0, 0], [1.5, 1.5]]
+
+
+def speeds(**tokens_per_s: float) -> dict:
+    found = {}
+    for arm, speed in tokens_per_s.items():
+        for what in ("train", "prefill"):
+            cfg = run_for("modern", arm, 1, 0).cfg
+            line = dict(tokens_per_s=speed, of_mha=speed / tokens_per_s["mha"], params=30e6)
+            line |= dict(flops_per_token=2e8, cache_bytes=plot.cache_bytes(cfg), config=vars(cfg))
+            line |= dict(command="python x", commit="1234567", device="a card", versions=dict(torch="2"))
+            found["30M", what, arm] = line
+    return found
+
+
+def test_losses_stand_beside_the_seconds_that_they_took():
+    rows = studied("modern", MODERN_LOSSES) + studied("ratio", RATIO_LOSSES)
+    results, measured = plot.Results(rows), speeds(mha=1e6, mfa=0.8e6)
+    text = plot.equal_time_part(results, measured)
+    assert "| MFA | 30.0M | 12.50% | 0.200 | 800,000 | 0.80 | 800,000 | 0.80 |" in text
+    assert "## At equal time\n\n| 30M, 64 x 512 tokens, muon |" in text and "124M" not in text
+    slope = (3.26 - 3.66) / math.log(16_940 * 64 / (4000 * 32))
+    in_time = [end + slope * math.log(0.8) for end in (3.66, 3.26)]
+    assert f"| MFA | 66M | 3.6600 | 13.1 | 82 | {in_time[0]:.4f} |" in text
+    assert f"| MFA | 555M | 3.2600 | 111.0 | 694 | {in_time[1]:.4f} |" in text
+    assert "| MHA | 555M | 3.2500 ± 0.0707 | 111.0 | 555 | 3.2500 |" in text
+    alone = plot.equal_time_part(plot.Results(rows[:2]), measured)
+    assert "| MFA | 66M | 3.6600 | 13.1 | 82 | – |" in alone
+    figure = plot.equal_time_plot(results, measured)
+    assert len(figure.axes) == 4
+    ends = [[line.get_xdata()[-1] for line in ax.lines] for ax in figure.axes[2:]]
+    assert ends[0] == pytest.approx([111.02] * 4, rel=1e-3) and ends[1] == pytest.approx([555.1] * 2 + [693.9] * 2, rel=1e-3)

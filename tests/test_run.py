@@ -1,6 +1,7 @@
 """experiments/study/run.py: a run is the training it says it is, and the queue goes on where it stopped."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from prepare_data import load, prepare
 from support import machine
 from support.machine import Machine
 from support.provenance import device_name
+from support.run_folder import load_checkpoint, model_from
 from train import Train, batch_starts, evaluate, take
 
 
@@ -421,7 +423,7 @@ def full_size(tmp_path, monkeypatch):
     """Calls run.py at full size with runs that take no time; what they were given is noted."""
     noted, going = dict(runs=[], most=0, prepared=None, flushed=0), []
 
-    def no_training(r, folder, device, how, val_tokens):
+    def no_training(r, folder, device, how, val_tokens, keep):
         going.append(r)
         noted["most"] = max(noted["most"], len(going))
         time.sleep(0.02)
@@ -482,3 +484,85 @@ def test_within_a_time_limit_no_run_begins_that_would_end_after_its_turn(full_si
         "--study=table6", "--jobs=2", "--guess_seconds=60", "--limit_seconds=100"
     )
     assert noted["most"] == 1 and len(rows) == 12
+
+
+def test_a_run_that_is_stopped_goes_on_as_if_it_was_not(folder, tmp_path, monkeypatch):
+    """Bit for bit on a CPU: losses, gradients' roundings, and the sha256 of the weights."""
+    monkeypatch.setattr(run, "STEPS_BETWEEN_LOOKS", 7)
+    for optimizer in ("adamw", "muon"):
+        r = toy(max_iters=41, lr=8e-3, optimizer=optimizer)
+        whole = run.Keep(tmp_path / "whole" / "weights.pt")
+        parts = run.Keep(tmp_path / "parts" / "weights.pt", until=0)  # long ago
+        for keep in (whole, parts):
+            keep.weights.parent.mkdir(exist_ok=True)
+        want = run.train_run(r, folder, "cpu", val_tokens=1025, keep=whole)
+        for stop in (7, 14, 21, 28, 35):
+            found = run.train_run(r, folder, "cpu", val_tokens=1025, keep=parts)
+            assert found == dict(stopped_at=stop) and parts.state.is_file()
+            assert not parts.weights.exists()
+            torch.rand(stop)  # what others draw in between is of no account
+        found = run.train_run(r, folder, "cpu", val_tokens=1025, keep=parts)
+        assert (want.pop("stops"), found.pop("stops")) == ([], [7, 14, 21, 28, 35])
+        assert want.pop("seconds") > 0 and found.pop("seconds") > 0 and found == want
+        alone = run.train_run(r, folder, "cpu", val_tokens=1025)
+        assert "weights" not in alone and alone["curve"] == want["curve"]
+        parts.state.unlink()
+        parts.weights.unlink()
+
+
+def test_a_run_does_not_go_on_from_another(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "STEPS_BETWEEN_LOOKS", 1)
+    keep = run.Keep(tmp_path / "weights.pt", until=0)
+    run.train_run(toy(), folder, "cpu", val_tokens=1025, keep=keep)
+    with pytest.raises(RuntimeError, match="weights.state.pt is of another run or text: remove it"):
+        run.train_run(toy(seed=1), folder, "cpu", val_tokens=1025, keep=keep)
+
+
+def test_kept_weights_are_a_checkpoint_in_bfloat16(folder, tmp_path):
+    keep = run.Keep(tmp_path / "weights.pt")
+    found = run.train_run(toy(), folder, "cpu", val_tokens=1025, keep=keep)
+    data = keep.weights.read_bytes()
+    assert found["weights"] == dict(file="weights.pt", sha256=hashlib.sha256(data).hexdigest())
+    checkpoint = load_checkpoint(keep.weights)
+    assert {w.dtype for w in checkpoint["model"].values()} == {torch.bfloat16}
+    model = model_from(checkpoint, keep.weights, torch.device("cpu"))
+    val = torch.from_numpy(load(folder)[1][:1025].astype("int64"))
+    assert evaluate(model, val, Machine("cpu")) == pytest.approx(found["val_loss"], rel=2e-3)
+
+
+def test_the_queue_stops_at_the_limit_and_goes_on_in_the_next_call(
+    folder, tmp_path, monkeypatch, capsys
+):
+    clock = [0.0]
+
+    def later():
+        clock[0] += 100
+        return clock[0]
+
+    monkeypatch.setattr(run, "STEPS_BETWEEN_LOOKS", 3)
+    monkeypatch.setattr(run.time, "time", later)
+    path, kept = tmp_path / "study.jsonl", tmp_path / "kept"
+    flags = ["--study=muon_heads", f"--results={path}", f"--keep={kept}", "--limit_seconds=250"]
+    assert call(folder.parent, *flags) == 0
+    assert "stopped at step 3 of 4, kept in" in capsys.readouterr().out
+    states = sorted(file.name for file in kept.glob("*.state.pt"))
+    assert len(states) == 10 and states[0] == "muon_heads-mfa_apart-0.0042-1.state.pt"
+    assert len(read_results(path)) == 2  # before the time was up
+    assert call(folder.parent, *flags[:-1]) == 0
+    rows = read_results(path)
+    assert len(rows) == 12 and [row["stops"] for row in rows] == [[]] * 2 + [[3]] * 10
+    weights = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in kept.iterdir()}
+    assert {row["weights"]["file"]: row["weights"]["sha256"] for row in rows} == weights
+
+
+def test_a_run_that_can_stop_begins_where_it_would_not_end_in_time(full_size, tmp_path):
+    flags = "--study=table6", "--guess_seconds=600", "--limit_seconds=100"
+    assert len(full_size(*flags)[1]) == 0
+    assert len(full_size(*flags, f"--keep={tmp_path / 'kept'}")[1]) == 12
+
+
+def test_the_ratio_is_of_the_larger_corpus(full_size):
+    noted, rows = full_size("--study=ratio")
+    assert noted["prepared"]["dataset"] == "pg-books-large"
+    assert {line["dataset"] for line in rows} == {"pg-books-large-bpe8192"}
+    assert len(full_size("--study=ratio")[1]) == len(rows) == len(list(queue("ratio")))

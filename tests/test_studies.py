@@ -1,6 +1,7 @@
 """The studies: their configs are what they claim to be, and the queue has every run once."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -112,9 +113,25 @@ def test_queue():
     planned = {task.run for task in tasks}
     for study, arm in EVERYTHING:
         rates = GRID if study in ("figure1", "table3", "table4", "table5") else (1,)
-        assert {
-            run_for(study, arm, times, seed) for times in rates for seed in (0, 1, 2)
-        } <= planned
+        seeds = (0,) if study == "ratio" else (0, 1, 2)
+        assert {run_for(study, arm, times, seed) for times in rates for seed in seeds} <= planned
+
+
+def test_the_ratio_is_the_papers():
+    """20B tokens for 1.08B parameters. Two seeds of four models, and both sides of two's rates."""
+    runs = [task.run for task in queue("ratio")]
+    for r in runs:
+        tokens = r.max_iters * r.batch_size * r.cfg.block_size
+        assert tokens / count_params(r.cfg) == pytest.approx(20 / 1.08, rel=0.01)
+    settings = Counter((task.arm, task.run.lr, task.run.seed) for task in queue("ratio"))
+    arms = {arm: [k for k in settings if k[0] == arm] for arm in studies.RATIO}
+    assert len(settings) == len(runs) and {arm: len(found) for arm, found in arms.items()} == {
+        "muon_mha": 4, "muon_mfa": 4, "muon_mqa": 2, "muon_mfa_kr_half_norm": 2,
+        "muon_mla_joint": 1, "muon_gqa2": 1, "adamw_mha": 4, "adamw_mfa": 4, "adamw_mqa": 2,
+        "adamw_mfa_kr": 2, "adamw_mha_16": 1,
+    }  # fmt: skip
+    assert {lr for _, lr, _ in arms["muon_mha"]} == {2e-3, 3e-3, 4.5e-3}
+    assert {lr for _, lr, _ in arms["adamw_mfa"]} == {1e-3, 1.4e-3, 2e-3}
 
 
 def test_seeds_come_after_the_rates_and_at_the_best_of_them():

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from experiments.bench.gpu_time import kernel_times
 from experiments.flags import require_at_least_1, require_other_results
+from experiments.study.run import compiled_loss
 from mfa import GPT, Config, cache_bytes, preset
 from prepare_data import load, prepare
 from support.cli import BadInput, run_command
@@ -120,17 +121,23 @@ def nanogpt_step(folder: Path, cfg: Config, batch: int, machine: Machine, compil
 
 
 def our_step(
-    cfg: Config, batch: int, machine: Machine, compile: bool, tuned: bool = False
-) -> Stepper:
+    cfg: Config, batch: int, machine: Machine, compile: bool, tuned: bool = False,
+    blocks: bool = False, optimizer: str = "adamw",
+) -> Stepper:  # fmt: skip
     """The same of ours, with what train.py does to make it fast.
 
-    tuned: inductor tries many shapes of each kernel.
+    tuned: inductor tries many shapes of each kernel. blocks: compiled as run.py does it, one block
+    for all, which takes seconds.
     """
-    model = GPT(cfg).to(machine.device).train()
-    optimizer = make_optimizer(model, Train(model=cfg))
+    with machine.device:
+        model = GPT(cfg).train()
+    optimizer = make_optimizer(model, Train(model=cfg, optimizer=optimizer))
     set_learning_rate(optimizer, 1e-4)
     graphs = machine.device.type == "cuda"
-    loss_of = machine.loss_function(model, compile and not tuned, graphs)
+    if blocks:
+        loss_of = compiled_loss(model, machine, "blocks" if compile else "no")
+    else:
+        loss_of = machine.loss_function(model, compile and not tuned, graphs)
     if tuned:
         options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
         loss_of = torch.compile(loss_of, options=options)
@@ -170,15 +177,20 @@ def matrix_rate(device: torch.device) -> float:
 
 def flops(cfg: Config) -> float:
     """Floating-point operations of training on one token, by the count that nanoGPT prints (PaLM,
-    appendix B): 6 for each weight in a matrix product, and 6 n (w_k + w_v) for each of block_size
-    tokens, as if attention were not causal.
+    appendix B): 6 for each weight of a matrix that the token is multiplied by, and 6 n (w_k + w_v)
+    for each of block_size tokens, as if attention were not causal. The embedding is a look-up.
     """
     with torch.device("meta"):
         model = GPT(cfg)
+        attn, x, pos = model.blocks[0].attn, torch.empty(1, 1, cfg.dim), torch.arange(1)
+        q = attn.query(x, pos)  # (1, n, 1, w_k)
+        _, v = attn.from_cache(*attn.to_cache(x, pos))  # (1, g, 1, w_v)
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
     weights = sum(p.numel() for name, p in matrices.items() if name != "embed.weight")
     weights += cfg.tied * model.embed.weight.numel()  # the output head's product
-    widths = {"mha": 2 * cfg.head_dim, "mfa": 2 * cfg.latent}[cfg.attn] * cfg.heads
+    if hasattr(attn, "n"):  # key reuse: each head's output is multiplied by N
+        weights += cfg.n_layer * (cfg.heads - 1) * attn.n.weight.numel()
+    widths = cfg.heads * (q.shape[-1] + v.shape[-1])
     return 6 * (weights + cfg.n_layer * widths * cfg.block_size)
 
 

@@ -20,17 +20,21 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiments.bench import decoding
+from experiments.bench import decoding, equal_time
 from experiments.bench import training as training_bench
 from experiments.paper.hybrids import HYBRIDS, measured_cache_bytes
 from experiments.paper.tables import FIGURE1_MLA
 from experiments.probes import copying, rounding
+from experiments.study import words
 from experiments.study.studies import (
+    ADAMW_ARMS,
+    BEST_KR,
     FIGURE1,
     FIGURE3,
     GRID,
     LENGTH,
     MODERN,
+    MUON_ARMS,
     MUON_GRID,
     MUON_HEADS,
     QUESTION_A,
@@ -39,11 +43,13 @@ from experiments.study.studies import (
     SEEDS,
     STUDIES,
     TOO_HIGH,
-    VOCAB,
     WHY,
     Run,
     best_rate,
     build,
+    dataset_asked_for,
+    dataset_of,
+    grid_of,
     losses_by_rate,
     queue,
     read_results,
@@ -51,7 +57,7 @@ from experiments.study.studies import (
     run_for,
     untrained,
 )
-from mfa import ATTENTION, cache_bytes, preset
+from mfa import ATTENTION, Config, cache_bytes, preset
 from support.cli import BadInput, run_command
 from support.files import write_atomically
 from support.generated import fill
@@ -66,9 +72,12 @@ T95 = {2: 4.303, 3: 3.182, 4: 2.776}  # Student's t of a two-sided 95% interval,
 
 
 class Results:
-    """The results on one text: done[run] is the line of a run. toy: those of --smoke."""
+    """The results on one text, by default each study's own. toy: those of --smoke.
 
-    def __init__(self, rows: list[dict], dataset: str = f"pg-books-bpe{VOCAB}", toy: bool = False):
+    done[run] is the line of a run.
+    """
+
+    def __init__(self, rows: list[dict], dataset: str = "", toy: bool = False):
         self.done, self.toy = results_by_run(rows, dataset), toy
 
     def run(self, study: str, arm: str, factor: float = 1) -> Run:
@@ -287,24 +296,59 @@ def grid_part(results: Results) -> str:
     return table(head, body)
 
 
-def modern_part(results: Results) -> str:
-    """Perplexity at the best rate and at each, and distances from MHA and from the others."""
+def rates_table(results: Results, study: str, arms: Iterable[str]) -> str:
+    """Perplexity at the best rate, over the seeds, and at each rate of the first seed."""
+    arms = [*arms]
+    planned = {task.run for task in queue(study, results.toy, results.done)}
+    grid = grid_of(study, arms[0])
     body = []
-    for arm, a in MODERN.items():
-        run, rows = results.run("modern", arm), results.of("modern", arm)
-        sizes = sizes_of(run)
-        counts = [f"{sizes.cache_share:.2%}", f"{sizes.params / 1e6:.2f}M"]
-        lr = f"{rows[0]['lr']:.2g}" if rows else "–"
-        by_rate = [results.done.get(results.run("modern", arm, factor)) for factor in MUON_GRID]
-        cells = [outcome([row] if row else []) for row in by_rate]
-        body.append([a.name, *counts, lr, str(len(rows)), outcome(rows), *cells])
-    rates = [f"{rate}, seed 0" for rate in rates_of(results, "modern", "mha", MUON_GRID)]
-    head = ["", "cache, of MHA's", "parameters", "peak lr", "seeds", "perplexity", *rates]
-    made = [arm for arm in MODERN if results.of("modern", arm)]
-    pairs = [(arm, other) for arm in ("mfa", "mfa_kr_half_norm") for other in made if other != arm]
-    pairs = [(arm, other) for arm, other in pairs if arm in made]
-    against = differences(results, ((("modern", one), ("modern", other)) for one, other in pairs))
-    return table(head, body) + "\n\n" + against
+    for arm in arms:
+        rows, sizes = results.of(study, arm), sizes_of(results.run(study, arm))
+        counts = [f"{sizes.cache_bytes:,}", f"{sizes.cache_share:.2%}"]
+        counts += [f"{sizes.params / 1e6:.2f}M", f"{rows[0]['lr']:.2g}" if rows else "–"]
+        runs = [results.run(study, arm, factor) for factor in grid]
+        cells = [
+            outcome([results.done[run]] if run in results.done else []) if run in planned else "–"
+            for run in runs
+        ]
+        body.append([STUDIES[study][arm].name, *counts, str(len(rows)), outcome(rows), *cells])
+    head = ["", "cache, bytes per token", "of MHA's", "parameters", "peak lr", "seeds"]
+    rates = [f"{rate}, seed 0" for rate in rates_of(results, study, arms[0], grid)]
+    return table([*head, "perplexity", *rates], body)
+
+
+def against_others(results: Results, study: str, ours: Iterable[str], arms: Iterable[str]) -> str:
+    """Distances of some arms from every other that was made."""
+    made = [arm for arm in arms if results.of(study, arm)]
+    pairs = [(arm, other) for arm in ours for other in made if arm in made and other != arm]
+    return differences(results, (((study, one), (study, other)) for one, other in pairs))
+
+
+def modern_part(results: Results) -> str:
+    against = against_others(results, "modern", ("mfa", BEST_KR), MODERN)
+    return rates_table(results, "modern", MODERN) + "\n\n" + against
+
+
+# By recipe: the arms, and those that are compared with the others.
+RATIO_ARMS = {
+    "Muon": (MUON_ARMS, ("muon_mfa", f"muon_{BEST_KR}")),
+    "AdamW": (ADAMW_ARMS, ("adamw_mfa", "adamw_mfa_kr")),
+}
+
+
+def ratio_part(results: Results) -> str:
+    texts = []
+    for recipe, (arms, ours) in RATIO_ARMS.items():
+        if any(results.of("ratio", arm) for arm in arms):
+            against = against_others(results, "ratio", ours, arms)
+            texts += [f"{recipe}:", rates_table(results, "ratio", arms), against]
+    if not texts:
+        return ""
+    run = results.run("ratio", "muon_mha")
+    tokens = run.max_iters * run.batch_size * run.cfg.block_size
+    what = f"{tokens / 1e6:.0f}M tokens, {tokens / sizes_of(run).params:.1f} a parameter"
+    setting = f"{what}, in {run.max_iters:,} steps of {run.batch_size} x {run.cfg.block_size}."
+    return "\n\n".join(["## The paper's ratio of tokens to parameters", setting, *texts])
 
 
 def muon_heads_part(results: Results) -> str:
@@ -312,7 +356,11 @@ def muon_heads_part(results: Results) -> str:
     for arm, a in MUON_HEADS.items():
         rows = results.of("muon_heads", arm)
         body.append([a.name, str(len(rows)), outcome(rows, "val_loss", 4)])
-    return table(["", "seeds", "loss, nats per token"], body)
+    if not any(results.of("muon_heads", arm) for arm in MUON_HEADS):
+        return ""
+    question = "Does Muon do better on heads one by one than on the matrix that stacks them?"
+    head = ["", "seeds", "loss, nats per token"]
+    return "\n\n".join([f"{question} At 7M parameters:", table(head, body)])
 
 
 def table_part(study: str, *pairs: tuple[str, str]) -> Callable[[Results], str]:
@@ -535,6 +583,7 @@ def context_part(results: Results) -> str:
 
 PARTS = {
     "modern": modern_part,
+    "ratio": ratio_part,
     "muon_heads": muon_heads_part,
     "status": status_part,
     "figure1_adamw": figure1_part,
@@ -640,12 +689,248 @@ def shapes_part(decode: dict) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# What a small cache costs: in words, and at equal time
+
+
+class Cost(NamedTuple):
+    """What words.py found of a model of a study: over its seeds, at its best rate."""
+
+    rows: list[dict]  # the study's
+    blimp: list[dict]
+    recall: list[dict]
+
+
+def words_by_arm(results: Results, measured: dict) -> dict[StudyArm, Cost]:
+    """measured: what words.read returns."""
+    costs = {}
+    for study in ("ratio", "modern", "figure1"):
+        for arm in STUDIES[study]:
+            rows = [row for row in results.of(study, arm) if "weights" in row]
+            sums = [row["weights"]["sha256"] for row in rows]
+            found = [
+                [measured[sha256, what]["found"] for sha256 in sums if (sha256, what) in measured]
+                for what in ("blimp", "recall")
+            ]
+            if any(found):
+                costs[study, arm] = Cost(rows, *found)
+    return costs
+
+
+def title_of(study: str, arm: str) -> str:
+    a = STUDIES[study][arm]
+    return f"{a.name}, {'AdamW' if a.optimizer == 'adamw' else 'Muon'}"
+
+
+def percent(shares: list[float]) -> str:
+    return spread([100 * share for share in shares], 1) if shares else "–"
+
+
+def mean_loss(found: list[dict], part: str) -> str:
+    losses = [each[part][1] for each in found if each[part][0]]
+    return spread(losses, 4) if losses else "–"
+
+
+def words_part(results: Results, measured: dict) -> str:
+    """BLiMP and recall beside the cache; BLiMP by phenomenon; recall by distance."""
+    costs = words_by_arm(results, measured)
+    if not costs:
+        return ""
+    body = []
+    for which, cost in costs.items():
+        sizes = sizes_of(results.run(*which))
+        counts = [f"{sizes.cache_bytes:,}", f"{sizes.cache_share:.2%}", outcome(cost.rows)]
+        counts.append(percent([words.mean_of(found) for found in cost.blimp]))
+        body.append([title_of(*which), *counts, *(mean_loss(cost.recall, p) for p in words.PARTS)])
+    for name, share in words.PUBLISHED.items():
+        body.append([f"{name}, published", "–", "–", "–", f"{share}", "–", "–", "–"])
+    head = ["", "cache, bytes per token", "of MHA's", "perplexity", "BLiMP, %"]
+    head += ["loss where the pair is new", "seen in the window", "seen, and rare in training"]
+    what = "BLiMP: the mean of 67 paradigms. A pair is a token and the one before it; rare is one"
+    what += f" that the training text has {words.RARE} times at most. Loss in nats per token."
+    parts = ["## What a small cache costs in words", what, table(head, body)]
+    titles = [title_of(*which) for which in costs]
+    blimps = [cost.blimp for cost in costs.values()]
+    if phenomena := next((found[0] for found in blimps if found), {}):
+        body = []
+        for phenomenon, by_uid in phenomena.items():
+            of_each = [[words.mean_of({0: f[phenomenon]}) for f in found] for found in blimps]
+            name = f"{phenomenon.replace('_', ' ')}, {len(by_uid)} paradigms"
+            body.append([name, *map(percent, of_each)])
+        parts.append(table(["BLiMP, %", *titles], body))
+    distances = [recall_by_distance(cost.recall) for cost in costs.values()]
+    if places := next(filter(None, distances), {}):
+        head = ["loss where the pair was seen, tokens ago"]
+        head += [str(d) if d < 2 else f"{d} to {2 * d - 1}" for d in places]
+        body = [
+            [title, *(f"{by[d]:.4f}" if d in by else "–" for d in places)]
+            for title, by in zip(titles, distances, strict=True)
+        ]
+        parts.append(table(head, body))
+    return "\n\n".join(parts)
+
+
+def recall_by_distance(found: list[dict]) -> dict[int, float]:
+    """{d: mean loss, over the seeds, on pairs seen d to 2 d - 1 tokens ago}."""
+    by = [{d: loss for d, _, loss, *_ in each["distance"]} for each in found]
+    return {d: statistics.mean(losses[d] for losses in by) for d in by[0]} if by else {}
+
+
+def words_plot(results: Results, measured: dict) -> Figure | None:
+    """BLiMP against cache, and how much worse than MHA's the loss on seen pairs is."""
+    costs = words_by_arm(results, measured)
+    if not costs:
+        return None
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (study, arm), cost in costs.items():
+        a = STUDIES[study][arm]
+        adamw = a.optimizer == "adamw"
+        look = look_of_arm(study, arm) | dict(alpha=0.5 if adamw else 1)
+        if cost.blimp:
+            share = sizes_of(results.run(study, arm)).cache_share
+            right_ones = [100 * words.mean_of(found) for found in cost.blimp]
+            left.plot(share, statistics.mean(right_ones), **look, linestyle="none", markersize=8)
+        if adamw and any(STUDIES[s][other].optimizer == "muon" for s, other in costs):
+            continue  # lines enough
+        mha = costs.get((study, mha_beside(study, arm)))
+        by, of_mha = recall_by_distance(cost.recall), recall_by_distance(mha.recall if mha else [])
+        places = [d for d in by if d in of_mha]
+        line = dict(markersize=5, label=title_of(study, arm))
+        right.plot(places, [by[d] - of_mha[d] for d in places], **look, **line)
+    left.set_xscale("log", base=2)
+    left.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "all"])
+    left.set(xlabel="KV cache, share of MHA's", ylabel="BLiMP, % (pale: AdamW)")
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
+    right.set(xlabel="distance d to where the pair was (mean over d to 2d - 1)")
+    right.set_ylabel("loss on seen pairs, less MHA's of the recipe")
+    right.legend(fontsize=7)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def mha_beside(study: str, arm: str) -> str:
+    """The MHA of the same study and recipe."""
+    return f"{arm.partition('_')[0]}_mha" if study == "ratio" else "mha"
+
+
+EQUAL_TIME = """\
+GPU seconds are tokens over the tokens/s above, evaluations left out. The loss in MHA's seconds is
+an estimate: a slower model has seen fewer tokens by then, and between the two lengths that were
+trained to their end the loss falls along the logarithm of the tokens."""
+Speeds = dict[tuple[str, str, str], dict]  # what equal_time.read returns
+
+
+def equal_time_part(results: Results, speeds: Speeds) -> str:
+    """Speeds at each shape, and losses beside operations and seconds."""
+    if not speeds:
+        return ""
+    parts = ["## At equal time"]
+    for shape, sizes in equal_time.SHAPES.items():
+        body = []
+        for arm in equal_time.ARMS:
+            both = [speeds.get((shape, what, arm)) for what in ("train", "prefill")]
+            known = next(filter(None, both), None)
+            if known is None:
+                continue
+            share = known["cache_bytes"] / cache_bytes(mha_of(Config(**known["config"])))
+            operations = f"{both[0]['flops_per_token'] / 1e9:.3f}" if both[0] else "–"
+            cells = [f"{known['params'] / 1e6:,.1f}M", f"{share:.2%}", operations]
+            for row in both:
+                cells += [f"{row['tokens_per_s']:,.0f}", f"{row['of_mha']:.2f}"] if row else "––"
+            body.append([MODERN[arm].name, *cells])
+        if body:
+            size = f"{shape}, {sizes.batch} x {sizes.context} tokens, {sizes.optimizer}"
+            head = [size, "parameters", "cache, of MHA's", "GFLOP to train on a token"]
+            head += ["training, tokens/s", "MHA = 1", "prefill, tokens/s", "MHA = 1"]
+            parts.append(table(head, body))
+    if losses := equal_time_losses(results, speeds):
+        parts += [losses, EQUAL_TIME]
+    return "\n\n".join([*parts, origin_of(speeds.values())])
+
+
+class Spent(NamedTuple):
+    """What a training at 30M came to: its loss, its operations, and the seconds of one GPU."""
+
+    rows: list[dict]
+    loss: float
+    tokens: int
+    operations: float
+    seconds: float
+    of_mha: float  # its speed
+
+
+def spent(results: Results, speeds: Speeds, study: str) -> dict[str, Spent]:
+    """By the name of the arm in MODERN; study: modern, or ratio."""
+    found = {}
+    for arm in equal_time.ARMS:
+        name = f"muon_{arm}" if study == "ratio" else arm
+        rows = results.trained(study, name) if name in STUDIES[study] else []
+        speed = speeds.get(("30M", "train", arm))
+        if rows and speed:
+            tokens, loss = rows[0]["tokens"], statistics.mean(row["val_loss"] for row in rows)
+            cost = tokens * speed["flops_per_token"], tokens / speed["tokens_per_s"]
+            found[arm] = Spent(rows, loss, tokens, *cost, speed["of_mha"])
+    return found
+
+
+def equal_time_losses(results: Results, speeds: Speeds) -> str:
+    """See EQUAL_TIME."""
+    short, long = (spent(results, speeds, study) for study in ("modern", "ratio"))
+    body = []
+    for arm, one in [*short.items(), *long.items()]:
+        in_time = "–"
+        less, more = short.get(arm), long.get(arm)
+        if less and more and less.tokens < more.tokens:
+            slope = (more.loss - less.loss) / math.log(more.tokens / less.tokens)
+            in_time = f"{one.loss + slope * math.log(one.of_mha):.4f}"
+        cells = [f"{one.tokens / 1e6:.0f}M", outcome(one.rows, "val_loss", 4)]
+        cells += [f"{one.operations / 1e15:.1f}", f"{one.seconds:.0f}", in_time]
+        body.append([MODERN[arm].name, *cells])
+    head = ["30M, Muon", "tokens", "loss, nats per token", "PFLOP", "GPU seconds"]
+    return table([*head, "loss in MHA's seconds"], body) if body else ""
+
+
+def equal_time_plot(results: Results, speeds: Speeds) -> Figure | None:
+    """Loss against training operations and against seconds, each length zoomed to its end."""
+    lengths = [spent(results, speeds, study) for study in ("modern", "ratio")]
+    lengths = [found for found in lengths if len(found) > 1]
+    if not lengths:
+        return None
+    figure = Figure(figsize=(11, 4.6 * len(lengths)), layout="constrained")
+    axes = figure.subplots(len(lengths), 2, squeeze=False)
+    for line, found in zip(axes, lengths, strict=True):
+        for ax, what, unit in zip(line, ("operations", "seconds"), (1e15, 1), strict=True):
+            for arm, one in found.items():
+                look, cost = look_of_arm("modern", arm), getattr(one, what) / unit
+                if arm == "mfa_kr":  # beside the newer form
+                    look["markerfacecolor"] = "none"
+                ax.plot(cost, one.loss, **look, linestyle="none", label=MODERN[arm].name)
+                run = one.rows[0]
+                way = [(cost * step / run["steps"], loss) for step, loss in run["curve"]]
+                ax.plot(*zip(*way, strict=True), ":", color=look["color"], linewidth=1)
+            losses = [one.loss for one in found.values()]
+            low, high = min(losses), max(losses)
+            ax.set_ylim(low - 0.01, high + 2 * (high - low) + 0.02)
+            costs = [getattr(one, what) / unit for one in found.values()]
+            ax.set_xlim(0.9 * min(costs), 1.02 * max(costs))
+            ax.grid(alpha=0.3)
+        tokens = next(iter(found.values())).tokens
+        line[0].set_xlabel("training, PFLOP")
+        line[1].set_xlabel("training, seconds of one GPU")
+        line[0].set_ylabel(f"validation loss after {tokens / 1e6:.0f}M tokens (dotted: before)")
+        line[0].legend(fontsize=7)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
 # The plots
 
 
-# The arms of figure1.png, eight a recipe, and where their names stand. The rest is in the tables.
-LABELS = {
-    "figure1": {
+# The panels of figure1.png: a study, its arms, and where their names stand. The rest is in tables.
+PANELS = {
+    "AdamW, 2.2 tokens a parameter": ("figure1", {
         "mha": ("MHA", "left"),
         "gqa2": ("GQA, 2 heads", "right"),
         "mfa_2d": ("MFA, C = 2d", "right"),
@@ -654,8 +939,8 @@ LABELS = {
         "mfa": ("MFA", "right"),
         "mfa_half": ("MFA, wider query", "below"),
         "mfa_kr": ("MFA-KR, pre", "right"),
-    },
-    "modern": {
+    }),
+    "Muon, 2.2 tokens a parameter": ("modern", {
         "mha": ("MHA", "above"),
         "gqa2": ("GQA, 2 heads", "right"),
         "mla_joint": ("MLA, joint", "below"),
@@ -664,40 +949,61 @@ LABELS = {
         "mfa_half": ("MFA, wider query", "below"),
         "mfa_kr": ("MFA-KR, pre", "right"),
         "mfa_kr_half_norm": ("MFA-KR, inverse,\nhalf rotated, qk_norm", "above"),
-    },
-}
-RECIPES = {"figure1": "AdamW", "modern": "Muon"}
+        "mqa_16": ("MQA, 16 heads", "left"),
+    }),
+    "AdamW, the paper's 18.5 a parameter": ("ratio", {
+        "adamw_mha": ("MHA", "above"),
+        "adamw_mha_16": ("MHA, 16 heads", "below"),
+        "adamw_mqa": ("MQA", "left"),
+        "adamw_mfa": ("MFA", "right"),
+        "adamw_mfa_kr": ("MFA-KR, pre", "right"),
+    }),
+    "Muon, the paper's 18.5 a parameter": ("ratio", {
+        "muon_mha": ("MHA", "above"),
+        "muon_gqa2": ("GQA, 2 heads", "right"),
+        "muon_mla_joint": ("MLA, joint", "below"),
+        "muon_mqa": ("MQA", "right"),
+        "muon_mfa": ("MFA", "left"),
+        f"muon_{BEST_KR}": (MODERN[BEST_KR].name.replace(", half", ",\nhalf"), "above"),
+    }),
+}  # fmt: skip
 
 
 def figure1(results: Results) -> Figure | None:
-    """Perplexity against cache, as the paper's Figure 1, by both recipes."""
-    studies = [s for s in LABELS if any(results.trained(s, arm) for arm in LABELS[s])]
-    if not studies:
+    """Perplexity against cache, as the paper's Figure 1, by both recipes and for both lengths."""
+    made = [
+        (title, study, labels)
+        for title, (study, labels) in PANELS.items()
+        if any(results.trained(study, arm) for arm in labels)
+    ]
+    if not made:
         return None
-    figure = Figure(figsize=(5.6 * len(studies), 4.8), layout="constrained")
-    axes = figure.subplots(1, len(studies), squeeze=False)[0]
-    for ax, study in zip(axes, studies, strict=True):
-        draw_perplexities(ax, results, study)
-    axes[0].set_ylabel("validation perplexity")
+    columns, rows = min(2, len(made)), (len(made) + 1) // 2
+    figure = Figure(figsize=(5.6 * columns, 4.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax, panel in zip(axes, made, strict=False):
+        draw_perplexities(ax, results, *panel)
+        ax.set_ylabel("validation perplexity")
+    for ax in axes[len(made) :]:
+        ax.remove()
     return figure
 
 
-def draw_perplexities(ax, results: Results, study: str) -> None:
-    points, most = [], 1  # (share of MHA's cache, mean perplexity); seeds of an arm
-    tried = [len(losses) for arm in LABELS[study] if (losses := results.losses_by_rate(study, arm))]
-    for arm, (label, side) in LABELS[study].items():
+def draw_perplexities(ax, results: Results, title: str, study: str, labels: dict) -> None:
+    points, seeds = [], []  # (share of MHA's cache, mean perplexity); how many of each arm
+    tried = [len(losses) for arm in labels if (losses := results.losses_by_rate(study, arm))]
+    for arm, (label, side) in labels.items():
         ppl = [row["ppl"] for row in results.trained(study, arm)]
         if not ppl:
             continue
         share = sizes_of(results.run(study, arm)).cache_share
         points.append((share, statistics.mean(ppl)))
-        most = max(most, len(ppl))
+        seeds.append(len(ppl))
         error = statistics.stdev(ppl) if len(ppl) > 1 else 0
-        look = look_of(STUDIES[study][arm].model["attn"] + "_half" * arm.endswith("_half"))
-        look |= dict(markersize=8, capsize=3 if error else 0, linestyle="none", zorder=3)
+        look = look_of_arm(study, arm) | dict(markersize=8, capsize=3 if error else 0, zorder=3)
         # Two models of one cache stand a little apart, or one would hide the other.
         point = share * {"left": 0.98, "right": 1.02}.get(side, 1), statistics.mean(ppl)
-        ax.errorbar(*point, [error], **look)
+        ax.errorbar(*point, [error], **look, linestyle="none")
         x, y, ha, va = {
             "left": (-9, 0, "right", "center"),
             "right": (9, 0, "left", "center"),
@@ -707,11 +1013,9 @@ def draw_perplexities(ax, results: Results, study: str) -> None:
         place = dict(xytext=(x, y), textcoords="offset points", ha=ha, va=va)
         ax.annotate(label, point, **place, fontsize=9, color=look["color"])
     ax.plot(*zip(*pareto(points), strict=True), color="0.6", linewidth=1.2, zorder=1)
-    spread = f"mean ± deviation of {most} seeds" if most > 1 else "one seed"
-    fewest, highest = min(tried), max(tried)
-    rates = f"{fewest} to {highest}" if fewest < highest else str(fewest)
-    rates = f"best of {rates} rates" if highest > 1 else "one rate"
-    ax.set_title(f"{RECIPES[study]}, {rates}, {spread}", fontsize=10)
+    spread = f"mean ± deviation of {span(seeds)} seeds" if max(seeds) > 1 else "one seed"
+    rates = f"best of {span(tried)} rates" if max(tried) > 1 else "one rate"
+    ax.set_title(f"{title}\n{rates}, {spread}", fontsize=10)
     ax.set_xscale("log", base=2)
     ticks = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
     ax.set_xticks(ticks, ["1/16", "1/8", "1/4", "1/2", "all"])
@@ -719,6 +1023,17 @@ def draw_perplexities(ax, results: Results, study: str) -> None:
     ax.margins(y=0.12)
     ax.set_xlabel("KV cache, share of MHA's (grey: the best for their cache)")
     ax.grid(alpha=0.3)
+
+
+def span(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(high) if low == high else f"{low} to {high}"
+
+
+def look_of_arm(study: str, arm: str) -> dict:
+    """Hollow: a wider query than MFA's, or heads of half the width."""
+    hollow = arm.endswith(("_half", "_16"))
+    return look_of(STUDIES[study][arm].model["attn"] + "_half" * hollow)
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -875,7 +1190,7 @@ class Args:
 
     results: Path = RESULTS  # what run.py wrote; the plots go beside it
     page: Path = ROOT / "experiments" / "RESULTS.md"  # file whose generated parts are filled
-    dataset: str = "pg-books"  # which text's results
+    dataset: str = ""  # which text's results; default: each study's own
     smoke: bool = False  # the results are those of run.py --smoke
 
 
@@ -886,9 +1201,10 @@ def save_plot(figure: Figure, path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    dataset = "shakespeare-byte" if args.smoke else f"{args.dataset}-bpe{VOCAB}"
+    dataset = dataset_asked_for(args.dataset, args.smoke)
     results = Results(read_results(args.results), dataset, args.smoke)
     if not results.done:  # and do not empty the tables
+        dataset = dataset or dataset_of("figure1")
         what = f"has no result on {dataset}; --dataset or --smoke may say another"
         what = what if args.results.is_file() else "is not there"
         advice = "python experiments/study/run.py makes results"
@@ -899,6 +1215,12 @@ def main(args: Args) -> None:
         parts["copying"], plots["copying"] = copying_part(rows), copying_plot(rows)
     if rows := rounding.read(args.results.with_name(rounding.RESULTS.name)):
         parts["rounding"] = rounding_part(rows)
+    measured = words.read(args.results.with_name(words.RESULTS.name))
+    speeds = equal_time.read(args.results.with_name(equal_time.RESULTS.name))
+    parts["words"] = words_part(results, measured)
+    parts["equal_time"] = equal_time_part(results, speeds)
+    plots["words_plot"] = words_plot(results, measured)
+    plots["equal_time_plot"] = equal_time_plot(results, speeds)
     if decode := read_json(args.results.with_name("decode.json")):
         parts["shapes"] = shapes_part(decode)
         parts["decode"] = decoding.grid_tables(decode)
@@ -912,6 +1234,8 @@ def main(args: Args) -> None:
             save_plot(figure, path)
             link = Path(os.path.relpath(path, args.page.parent)).as_posix()
             parts[name] = "\n\n".join([f"![{name}]({link})", *filter(None, [parts.get(name)])])
+        elif name.endswith("_plot"):
+            parts[name] = ""
     text = fill(text, parts, f"--page {args.page}")
     write_atomically(args.page, lambda file: file.write(text.encode()))
     print(f"{args.page}: {len(results.done)} results")

@@ -4,13 +4,16 @@
     python experiments/study/run.py --study all --jobs 2           # two on each GPU: one compiles
                                                                    # while the other trains
     python experiments/study/run.py --study all --limit_seconds 3000   # start nothing longer
+    python experiments/study/run.py --study ratio --limit_seconds 540 --keep FOLDER
+                                                                   # stop then, go on next time
     python experiments/study/run.py --study all --smoke            # toy sizes, a minute on a CPU
 
 Each run appends its line to the results as it ends, and is not trained again if its line is there,
-so the queue goes on where it stopped. There are no checkpoints: a run takes a minute or two. The
-pieces are train.py's; what is left out is what a long training needs. The text is pg-books, which
-cannot be downloaded: --source or --data_dir says where it is. Any corpus of prepare_data.py can
-take its place.
+so the queue goes on where it stopped. Most runs take a minute or two and leave no checkpoint. With
+--keep a run stops when the time is up and goes on in the next call, to the same weights bit for bit
+on a CPU; and its last weights stay in that folder, in bfloat16, for words.py. The text is pg-books,
+of the study "ratio" pg-books-large, which cannot be downloaded: --source or --data_dir says where
+it is. Any corpus of prepare_data.py can take its place.
 """
 
 import contextlib
@@ -26,12 +29,12 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +45,13 @@ from experiments.paper.hybrids import measured_cache_bytes
 from experiments.study.studies import (
     RESULTS,
     STUDIES,
+    TEXTS,
     VOCAB,
     Run,
     Task,
     build,
+    dataset_asked_for,
+    dataset_of,
     queue,
     read_results,
     results_by_run,
@@ -55,10 +61,12 @@ from mfa import GPT, at_least_float32, cache_bytes, evaluating
 from prepare_data import load, prepare
 from support.cli import run_command
 from support.corpora import DATA
+from support.files import sha256_of, write_atomically
 from support.machine import Machine, attention_kernels, can_compile, pick_device
 from support.muon import Muon
+from support.progress import source_of
 from support.provenance import ROOT, provenance
-from support.run_folder import append_line, drop_cut_line
+from support.run_folder import FORMAT, append_line, drop_cut_line
 from train import (
     Train,
     batch_starts,
@@ -76,6 +84,8 @@ POINTS = 8  # of the curve, each on
 CURVE_TOKENS = 1 << 17  # validation tokens, always the first; the loss that counts is of all
 SMOKE_TOKENS = 1025  # validation tokens that --smoke has
 STEPS_BEFORE_CAPTURE = 3  # they compile; the next one becomes a CUDA graph
+STEPS_BETWEEN_LOOKS = 100  # at the clock
+WORTH_BEGINNING = 90  # seconds that a run which can stop needs at least: it compiles for thirty
 DEVICE_LOCKS: dict[str, contextlib.AbstractContextManager] = {}  # in the processes of --jobs 2
 
 
@@ -89,7 +99,8 @@ class Args:
     results: Path | None = None
     """File of the results; default experiments/results/study.jsonl, with --smoke a new
     out/smoke.jsonl."""
-    dataset: str = "pg-books"  # corpus, with a BPE of 8,192 trained on it
+    dataset: str = ""
+    """Corpus, with a BPE of 8,192 trained on it; default pg-books, of ratio pg-books-large."""
     source: str | None = None  # folder that holds the corpus' text, if it is not prepared yet
     data_dir: Path = DATA  # where prepared corpora are kept
     device: str = "auto"  # auto (all GPUs, if there are several), cpu, cuda:1, mps ...
@@ -99,7 +110,10 @@ class Args:
     jobs: int = 1
     """Runs at a time on each device. They train one after the other, so that the next one is
     compiled when it may begin."""
-    limit_seconds: float = math.inf  # start no run that is not likely to end within this time
+    limit_seconds: float = math.inf
+    """Start no run that is not likely to end within this time; with --keep, stop there."""
+    keep: Path | None = None
+    """Folder of stopped runs, which go on in the next call, and of each run's last weights."""
     guess_seconds: float = 60  # of a run at 30M, until some were trained on this device
 
 
@@ -118,8 +132,6 @@ def compiled_loss(model: GPT, machine: Machine, how: str) -> Callable[[Tensor], 
 
     how: "model" as a whole; "blocks" one block, which serves for all; or "no".
     """
-    # Or the models of earlier runs would count as recompilations of this one, which are limited.
-    torch.compiler.reset()
     loss_of = machine.loss_function(model, compile=how == "model", graphs=False)
     if how != "blocks":
         return loss_of
@@ -240,6 +252,8 @@ class Training:
         if run.optimizer == "muon_heads":
             self.optimizer.muon = Muon(heads_one_by_one(self.model), weight_decay=0.1)
         self.fixed_shapes = cfg.n_expert == 0  # an expert's share is known only as it runs
+        # Or the models of earlier runs would count as recompilations of this one: they are limited.
+        torch.compiler.reset()
         self.loss_of = compiled_loss(self.model, machine, compile if self.fixed_shapes else "no")
         # A graph reads its inputs and leaves its results always at the same places.
         self.tokens = torch.zeros(
@@ -247,10 +261,13 @@ class Training:
         )
         self.rate = torch.zeros((), device=device)
         self.loss_and_norm = torch.zeros(2, device=device)
-        on_gpu = device.type == "cuda"
+        self.use_rate()
+        graph = device.type == "cuda" and self.fixed_shapes
+        self.step = as_graph(self.one_step) if graph else self.one_step
+
+    def use_rate(self) -> None:
         for group in self.optimizer.param_groups:
-            group |= dict(lr=self.rate, capturable=on_gpu)
-        self.step = as_graph(self.one_step) if on_gpu and self.fixed_shapes else self.one_step
+            group |= dict(lr=self.rate, capturable=self.machine.device.type == "cuda")
 
     def one_step(self) -> None:
         clip = self.args.grad_clip
@@ -290,46 +307,124 @@ class Training:
             raise RuntimeError(f"step {step}: loss and gradient norm are {found}, {where}")
 
 
+@dataclass
+class Point:
+    """How far a run has come."""
+
+    step: int = 0
+    curve: list = field(default_factory=list)  # [step, validation loss]
+    rounding: list = field(default_factory=list)  # [step, how far rounding moves the gradient]
+    seconds: float = 0.0
+    stops: list = field(default_factory=list)  # the steps at which it was saved
+    diverged: bool = False
+
+
+class Keep(NamedTuple):
+    """A run's files in --keep: what it goes on from, and its weights when it is done."""
+
+    weights: Path
+    until: float = math.inf  # time.time() at which it is to stop
+
+    @property
+    def state(self) -> Path:
+        return self.weights.with_suffix(".state.pt")
+
+    def time_is_up(self, steps: int, device: torch.device) -> bool:
+        """Asked before each step, and answered after every hundred."""
+        if steps == 0 or steps % STEPS_BETWEEN_LOOKS:
+            return False
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # or the host would be hundreds of steps ahead
+        return time.time() >= self.until
+
+    def save(self, run: Run, training: Training, at: Point) -> None:
+        state = dict(
+            run=row_of(run), text=training.meta["sources"], at=asdict(at),
+            model=training.model.state_dict(), optimizer=training.optimizer.state_dict(),
+        )  # fmt: skip
+        write_atomically(self.state, lambda file: torch.save(state, file))
+
+    def restore(self, run: Run, training: Training) -> Point:
+        """Where the run was stopped, the start if it was not. RuntimeError if it is another."""
+        if not self.state.is_file():
+            return Point()
+        state = torch.load(self.state, training.machine.device, weights_only=True)
+        if (state["run"], state["text"]) != (row_of(run), training.meta["sources"]):
+            raise RuntimeError(f"{self.state} is of another run or text: remove it")
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.use_rate()  # what was loaded has a tensor of its own
+        return Point(**state["at"])
+
+    def finish(self, run: Run, training: Training, val_loss: float) -> dict:
+        """Keeps the weights as a checkpoint that sample.py and words.py read.
+
+        Returns the file's name and sha256, which depends on the run alone.
+        """
+        model = {k: w.to("cpu", torch.bfloat16) for k, w in training.model.state_dict().items()}
+        if run.cfg.tied:
+            model["head.weight"] = model["embed.weight"]  # once in the file
+        checkpoint = dict(
+            format=FORMAT, model=model, config=asdict(run.cfg), step=run.max_iters,
+            best_loss=val_loss, tokenizer=training.meta["tokenizer"], run=row_of(run),
+            data=source_of(training.meta), args={}, optimizer={}, scaler={},
+            rng=torch.zeros(0), seconds=0.0,
+        )  # fmt: skip
+        write_atomically(self.weights, lambda file: torch.save(checkpoint, file))
+        return dict(file=self.weights.name, sha256=sha256_of(self.weights))
+
+
 def train_run(
     run: Run, folder: Path, device_name: str = "auto", compile: str = "no",
-    val_tokens: int | None = None,
+    val_tokens: int | None = None, keep: Keep | None = None,
 ) -> dict:  # fmt: skip
     """Train one model and return its line of the results, less what the queue knows.
 
-    val_tokens: validation tokens that count, from the first; None: all.
+    val_tokens: validation tokens that count, from the first; None: all. keep: go on from there; if
+    the time is up before the end, only stopped_at, a step, is returned.
     """
     began, waited = time.perf_counter(), 0.0
     with Machine(device_name) as machine:
         training = Training(run, folder, machine, compile)
         model, val_ids = training.model, training.val_ids[:val_tokens]
         interval = math.ceil(run.max_iters / POINTS)
-        curve, rounding, step, diverged = [], [], 0, False
+        at = keep.restore(run, training) if keep else Point()
+        first = at.step
         with attention_kernels(machine.device), contextlib.ExitStack() as lock:
-            while step < run.max_iters and not diverged:
-                if step == STEPS_BEFORE_CAPTURE and device_name in DEVICE_LOCKS:
+            while at.step < run.max_iters and not at.diverged:
+                if at.step == first + STEPS_BEFORE_CAPTURE and device_name in DEVICE_LOCKS:
                     asked = time.perf_counter()
                     lock.enter_context(DEVICE_LOCKS[device_name])
                     waited = time.perf_counter() - asked
-                training.prepare_step(step)
-                step += 1
-                evaluation_due = step % interval == 0 or step == run.max_iters
+                if keep and keep.time_is_up(at.step - first, machine.device):
+                    at.stops.append(at.step)
+                    at.seconds += time.perf_counter() - began - waited
+                    keep.save(run, training, at)
+                    return dict(stopped_at=at.step)
+                training.prepare_step(at.step)
+                at.step += 1
+                evaluation_due = at.step % interval == 0 or at.step == run.max_iters
                 if evaluation_due:
                     expected, moved = training.eager_gradient()
-                    rounding.append([step, moved if math.isfinite(moved) else None])
+                    at.rounding.append([at.step, moved if math.isfinite(moved) else None])
                 training.step()
                 if evaluation_due:
-                    training.check_step(step, expected, moved)
+                    training.check_step(at.step, expected, moved)
                     with eagerly():
                         loss = evaluate(model, val_ids[: CURVE_TOKENS + 1], machine)
-                    diverged = not math.isfinite(loss)
-                    curve += [] if diverged else [[step, loss]]
+                    at.diverged = not math.isfinite(loss)
+                    at.curve += [] if at.diverged else [[at.step, loss]]
             with eagerly():
-                val_loss = None if diverged else evaluate(model, val_ids, machine)
-                by_position = [] if diverged else loss_by_position(model, val_ids, machine)
+                val_loss = None if at.diverged else evaluate(model, val_ids, machine)
+                by_position = [] if at.diverged else loss_by_position(model, val_ids, machine)
+            kept = {}
+            if keep and not at.diverged:
+                kept = dict(stops=at.stops, weights=keep.finish(run, training, val_loss))
+    seconds = at.seconds + time.perf_counter() - began - waited
     return dict(
-        **sizes(model), tokens=step * run.batch_size * run.cfg.block_size,
-        **losses(val_loss, curve, training.meta), by_position=by_position, rounding=rounding,
-        seconds=round(time.perf_counter() - began - waited, 1), compile=compile,
+        **sizes(model), tokens=at.step * run.batch_size * run.cfg.block_size,
+        **losses(val_loss, at.curve, training.meta), by_position=by_position,
+        rounding=at.rounding, seconds=round(seconds, 1), compile=compile, **kept,
     )  # fmt: skip
 
 
@@ -387,7 +482,8 @@ def describe(task: Task) -> str:
     return f"{task.study:10} {task.arm:20} lr {task.run.lr:<7.2g} seed {task.run.seed}"
 
 
-def print_queue(args: Args, rows: list[dict], dataset: str, device: str) -> None:
+def print_queue(args: Args, rows: list[dict], device: str) -> None:
+    dataset = dataset_asked_for(args.dataset, args.smoke)
     done, total = results_by_run(rows, dataset), 0.0
     for number, task in enumerate(queue(args.study, args.smoke, done), 1):
         row = done.get(task.run)
@@ -453,14 +549,17 @@ def in_this_process(work: Callable, *values) -> Future:
 class Scheduler:
     """Which run comes next, and what has become of those that were started."""
 
-    def __init__(self, args: Args, path: Path, rows: list[dict], dataset: str, origin: dict):
+    def __init__(self, args: Args, path: Path, rows: list[dict], origin: dict):
         self.args, self.path, self.rows = args, path, rows
-        self.columns = dict(dataset=dataset, jobs=args.jobs, **origin)
-        self.done = results_by_run(rows, dataset)
+        self.columns = dict(jobs=args.jobs, **origin)
+        self.dataset = dataset_asked_for(args.dataset, args.smoke)
+        self.done = results_by_run(rows, self.dataset)
+        self.stopped: set[Run] = set()
         self.failed: set[Run] = set()
         self.running: dict[Future, tuple[Task, str]] = {}  # with its device
         self.devices = devices_of(args.device)
         self.began = time.perf_counter()
+        self.until = time.time() + args.limit_seconds
 
     @property
     def tasks(self) -> list[Task]:
@@ -468,15 +567,21 @@ class Scheduler:
         return list(queue(self.args.study, self.args.smoke, self.done))
 
     def train_all(self, start: Callable[..., Future], *values) -> None:
-        """values: what train_run takes after the folder and the device."""
-        folder, *others = values
+        """values: what train_run takes between the device and what is kept."""
         while True:
             for task, device in self.next_tasks():
-                self.running[start(train_run, task.run, folder, device, *others)] = task, device
+                which = task.run, prepare_text(self.args, task.study), device
+                self.running[start(train_run, *which, *values, self.keep(task))] = task, device
             if not self.running:
                 break
             for future in wait(self.running, return_when=FIRST_COMPLETED).done:
                 self.finish(future)
+
+    def keep(self, task: Task) -> Keep | None:
+        if self.args.keep is None:
+            return None
+        name = f"{task.study}-{task.arm}-{task.run.lr:g}-{task.run.seed}.pt"
+        return Keep(self.args.keep / name, self.until)
 
     def next_tasks(self) -> Iterator[tuple[Task, str]]:
         """What to start now, and where: on the device with the fewest runs."""
@@ -493,11 +598,14 @@ class Scheduler:
         passed = time.perf_counter() - self.began
         running = [(task.run, place) for task, place in self.running.values()]
         ahead = sum(self.seconds(run) for run, place in running if place == device)
-        taken = self.failed | {run for run, _ in running}
+        taken = self.failed | self.stopped | {run for run, _ in running}
         for task in self.tasks:
             if task.run in self.done or task.run in taken:
                 continue
-            if passed + ahead + self.seconds(task.run) <= self.args.limit_seconds:
+            needed = self.seconds(task.run)
+            if self.args.keep:
+                needed = min(needed, WORTH_BEGINNING)
+            if passed + ahead + needed <= self.args.limit_seconds:
                 return task
         return None
 
@@ -513,23 +621,32 @@ class Scheduler:
             self.failed.add(task.run)
             print(f"{describe(task)}  failed: {type(e).__name__}: {e}", flush=True)
             return
+        if "stopped_at" in result:
+            self.stopped.add(task.run)
+            step = f"step {result['stopped_at']:,} of {task.run.max_iters:,}"
+            print(f"{describe(task)}  stopped at {step}, kept in {self.args.keep}", flush=True)
+            return
         name = STUDIES[task.study][task.arm].name
         which = dict(study=task.study, arm=task.arm, name=name)
+        which |= dict(dataset=self.dataset or dataset_of(task.study))
         row = {**which, **row_of(task.run), **result, **self.columns}
         self.rows.append(row)
         self.done[task.run] = row
         append_line(self.path, row)
+        if keep := self.keep(task):
+            keep.state.unlink(missing_ok=True)
         outcome = "diverged"
         if not row["diverged"]:
             outcome = f"loss {row['val_loss']:.4f}  perplexity {row['ppl']:.2f}"
         print(f"{describe(task)}  {outcome}  {row['seconds']:.0f} s", flush=True)
 
 
-def prepare_text(args: Args) -> Path:
+def prepare_text(args: Args, study: str) -> Path:
     if args.smoke:
         text = dict(dataset="shakespeare", tokenizer="byte")
     else:
-        text = dict(dataset=args.dataset, tokenizer="bpe", vocab_size=VOCAB)
+        corpus = args.dataset or TEXTS.get(study, "pg-books")
+        text = dict(dataset=corpus, tokenizer="bpe", vocab_size=VOCAB)
     return prepare(**text, source=args.source, data_dir=args.data_dir)
 
 
@@ -540,19 +657,18 @@ def main(args: Args) -> None:
     if args.smoke and not args.results and not args.dry_run:
         path.unlink(missing_ok=True)
     rows, origin = read_results(path), provenance(device)
-    dataset = "shakespeare-byte" if args.smoke else f"{args.dataset}-bpe{VOCAB}"
     if args.dry_run:
-        print_queue(args, rows, dataset, origin["device"])
+        print_queue(args, rows, origin["device"])
         return
-    scheduler = Scheduler(args, path, rows, dataset, origin)
-    folder = prepare_text(args)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    scheduler = Scheduler(args, path, rows, origin)
+    for folder in filter(None, (path.parent, args.keep)):
+        folder.mkdir(parents=True, exist_ok=True)
     drop_cut_line(path)
     how = args.compile
     if how == "auto":
         how = "blocks" if can_compile(device) else "no"
     with workers(args.jobs, scheduler.devices) as start:
-        scheduler.train_all(start, folder, how, SMOKE_TOKENS if args.smoke else None)
+        scheduler.train_all(start, how, SMOKE_TOKENS if args.smoke else None)
     left = sum(task.run not in scheduler.done for task in scheduler.tasks)
     print(f"{len(rows)} results in {path}, {left} runs still to make")
     print("next: python experiments/study/plot.py")
