@@ -255,6 +255,18 @@ def test_a_saved_tokenizer_is_read_back(saved, kind):
     assert read_tokenizer(saved(kind)) == {**spec, "kind": "bpe" if kind == "gpt2" else kind}
 
 
+def test_a_tokenizer_that_transformers_saves_again_is_still_ours_and_any_other_is_not(saved, tmp_path):
+    AutoTokenizer.from_pretrained(saved("bpe")).save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path) == tokenizer("bpe").spec()
+    path = tmp_path / "tokenizer.json"
+    file = json.loads(path.read_text(encoding="utf-8"))
+    for change in (dict(normalizer={"type": "NFC"}), dict(added_tokens=[]), dict(model={"type": "Unigram", "vocab": []})):
+        path.write_text(json.dumps({**file, **change}), encoding="utf-8")
+        assert read_tokenizer(tmp_path) is None
+    path.unlink()
+    assert read_tokenizer(tmp_path) is None
+
+
 # The command
 
 

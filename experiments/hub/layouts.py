@@ -36,6 +36,10 @@ BLOCK = {
     "ffn.w2.weight": "mlp.down_proj.weight",
 }
 HEADS = {f"attn.{x}.weight": f"self_attn.{x}_proj.weight" for x in "qkvo"}
+QK_NORM = {  # Qwen3's
+    "attn.query_norm.weight": "self_attn.q_norm.weight",
+    "attn.key_norm.weight": "self_attn.k_norm.weight",
+}
 
 
 def names(n_layer: int, attn: dict[str, str]) -> dict[str, str]:

@@ -9,10 +9,19 @@ from base64 import b64encode
 from pathlib import Path
 
 from support.cli import BadInput
-from support.tokenizers import EOT, MAX_RUN, BPETokenizer, CharTokenizer, Tokenizer
+from support.tokenizers import (
+    EOT,
+    MAX_RUN,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    tokenizer_from,
+)
 
 TEXT = "[\\s\\S]"  # any character, a line's end too
 CLASSES = r"\s", r"[\p{L}\p{M}]", r"\p{N}", r"[^\s\p{L}\p{M}\p{N}]"  # of runs that are cut
+
+PARTS = "added_tokens normalizer pre_tokenizer decoder model".split()
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
@@ -96,26 +105,24 @@ def as_letters(token: bytes) -> str:
 def read_tokenizer(folder: Path) -> dict | None:
     """The spec of the tokenizer that save_tokenizer wrote there; None if it is another."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = file["model"]["vocab"]
-        ordered = sorted(vocabulary, key=vocabulary.get)
-        added = [token["content"] for token in file["added_tokens"]]
-        if file["model"]["type"] == "WordLevel" and not added:
-            return {"kind": "char", "characters": "".join(ordered)}
-        tokens = [bytes(BYTES[letter] for letter in letters) for letters in ordered]
-        if file["model"]["type"] != "BPE" or added != [EOT]:
-            return None
-        splits = file["pre_tokenizer"]["pretokenizers"][:-1]
-        if not splits:
-            return {"kind": "byte"}
-        spec = {
-            "kind": "bpe",
-            "pattern": splits[-1]["pattern"]["Regex"],
-            "tokens": " ".join(b64encode(token).decode("ascii") for token in tokens),
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return spec
+        spec = described(file)
+        same = json.loads(backend(tokenizer_from(spec)).to_str())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # BadInput is a ValueError
+    return spec if all(same[part] == file.get(part) for part in PARTS) else None
+
+
+def described(file: dict) -> dict:
+    """What the spec would be if tokenizer.json were of one of ours."""
+    ids = file["model"]["vocab"]
+    ordered = sorted(ids, key=ids.get)
+    if file["model"]["type"] == "WordLevel":
+        return {"kind": "char", "characters": "".join(ordered)}
+    splits = file["pre_tokenizer"]["pretokenizers"][:-1]
+    if not splits:
+        return {"kind": "byte"}
+    tokens = [bytes(BYTES[letter] for letter in letters) for letters in ordered]
+    in_base64 = " ".join(b64encode(token).decode("ascii") for token in tokens)
+    return {"kind": "bpe", "pattern": splits[-1]["pattern"]["Regex"], "tokens": in_base64}
