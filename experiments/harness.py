@@ -8,6 +8,10 @@
 The file has a pair of sentences a line, {"uid": ..., "good": ..., "bad": ...}; each uid becomes a
 task, and blimp_local their mean. A pair is right if the good sentence is the likelier, each a
 document of its own. The harness's own task blimp, a download, has a space before each sentence.
+
+Of a model of characters add prefix_token_id=N, the id of its line's end, to --model_args: it has no
+token that ends a text, without which the harness generates nothing. Tasks that generate take
+--batch_size 1, since a model that brings its code takes prompts of one length.
 """
 
 import json

@@ -198,7 +198,7 @@ def random_texts(seed: int = 0) -> list[str]:
 
 TEXTS = [
     SHAKESPEARE[:20_000], MIXED, "", " ", "\n", "  \n \n", EOT, f"x{EOT}y", "don't I'LL 's", "\x85 \x1c\u180e\u200b x",
-    "e" * 2999, " " * 3000, "x" + " " * 3001 + "y", " " + "e" * 3000 + "f g", "e" * 9000 + " " + "1" * 7000, "." * 6001,
+    "e" * 2999, " " * 3000, "x" + " " * 3001 + "y", " " + "e" * 3000 + "f g", "e" * 9000 + " " + "1" * 7000, "x" + "ab" * 4000,
     *random_texts(),
 ]  # fmt: skip
 
@@ -237,6 +237,15 @@ def test_the_ids_and_the_text_of_a_tokenizer_are_the_same(saved, kind):
         ids = ours.encode(text).tolist()
         assert theirs.encode(text) == ids, text[:100]
         assert theirs.decode(ids) == text
+
+
+def test_a_token_that_no_merges_lead_to_is_still_found_where_it_is_a_whole_chunk(tmp_path):
+    ours = BPETokenizer([*(bytes([b]) for b in range(256)), b"abc"], PATTERN)
+    save_tokenizer(ours, tmp_path, 64)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("abc", "abc abc", "abcd"):
+        assert theirs.encode(text) == ours.encode(text).tolist()
+    assert ours.encode("abc").tolist() == [256]
 
 
 def test_a_character_tokenizer_knows_its_characters_and_refuses_others_as_ours_does(saved):
