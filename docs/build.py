@@ -3,9 +3,9 @@
 Needs pip install -e ".[dev]".
 
 docs/index.html is one file that needs no network: the text of docs/walkthrough.md, its formulas as
-MathML, the pictures of the executed notebooks, docs/page.css, the figures of docs/results_table.py,
-docs/calculator.js, and docs/model.js with docs/live.js, which read docs/models when the reader
-presses play. In the text {{name}} stands for a figure or a block made here, and an image of a
+MathML in the font docs/math.woff2, the pictures of the executed notebooks, docs/page.css and
+docs/page.js, the figures of docs/results_table.py, docs/calculator.js with docs/published.py, and
+docs/model.js with docs/live.js, which read docs/models when the reader presses play. In the text {{name}} stands for a figure or a block made here, and an image of a
 notebook is the one whose code cell contains the image's title:
 
     ![what can be seen](../notebooks/04_mfa.ipynb "A random MQA, written as an MFA")
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import family as drawing
+import published
 import results_table as figures
 import torch
 from latex2mathml.converter import convert
@@ -86,19 +87,24 @@ def calculator() -> str:
     """The places that calculator.js fills."""
     serving = "attention|kept, per token and layer|bytes per token|cache|read once"
     serving += "|tokens/s at most|sequences that fit"
+    roofline = "attention|FLOP per byte of cache|arithmetic takes|waits for"
     capacity = "attention|parameters of a layer|heads|rank of a head|shared dimension|total rank"
-    precisions = {4: "32 bits (float32)", 2: "16 bits (bfloat16)", 1: "8 bits"}
+    precisions = {4: "32 bits (float32)", 2: "16 bits (bfloat16)", 1: "8 bits", 0.5: "4 bits"}
     options = "".join(
-        f'<option value="{size}">{name}</option>' for size, name in precisions.items()
+        f'<option value="{size:g}">{name}</option>' for size, name in precisions.items()
+    )
+    choices = {"preset": "model", "bytes": "cache in", "card": "card"}
+    selects = "".join(
+        f'<span class="choice"><label for="calc-{name}">{label} </label>'
+        f'<select id="calc-{name}">{options if name == "bytes" else ""}</select></span>'
+        for name, label in choices.items()
     )
     return (
         '<div id="calculator"><noscript>The calculator needs JavaScript.</noscript>'
-        '<span class="choice"><label for="calc-preset">preset </label>'
-        '<select id="calc-preset"></select></span>'
-        '<span class="choice"><label for="calc-bytes">precision </label>'
-        f'<select id="calc-bytes">{options}</select></span>'
-        '<ul class="bars" id="calc-bars"></ul><div id="calc-fields"></div>'
+        f'{selects}<p class="note" id="calc-source"></p><div><ul class="bars" id="calc-bars"></ul>'
+        '<div id="calc-fields"></div></div>'
         f"{html_table(serving.split('|'), [], 'calc-serving')}"
+        f'<p class="note" id="calc-ridge"></p>{html_table(roofline.split("|"), [], "calc-roofline")}'
         f"{html_table(capacity.split('|'), [], 'calc-capacity')}</div>"
     )
 
@@ -497,12 +503,14 @@ def page(folder: Path = figures.RESULTS) -> str:
     style = f":root {{ {colors} --fpba: var(--ink); }}\n" + (HERE / "page.css").read_text(
         encoding="utf-8"
     )
-    script = (
-        (HERE / "calculator.js")
-        .read_text(encoding="utf-8")
-        .replace("/*presets*/{}", json.dumps(presets()))
-    )
-    model, watch = ((HERE / name).read_text(encoding="utf-8") for name in ("model.js", "live.js"))
+    scripts = [
+        (HERE / name).read_text(encoding="utf-8")
+        for name in ("page.js", "calculator.js", "model.js", "live.js")
+    ]
+    for place, data in (("presets", presets()), ("models", models()), ("cards", published.CARDS)):
+        scripts[1] = scripts[1].replace(f"/*{place}*/{{}}", json.dumps(data))
+    first, calculator, model, watch = scripts
+    font = base64.b64encode((HERE / "math.woff2").read_bytes()).decode()
     return f"""<!doctype html>
 <html lang="en">
 <!-- Made by docs/build.py from docs/walkthrough.md: edit that. -->
@@ -513,14 +521,19 @@ def page(folder: Path = figures.RESULTS) -> str:
 <link rel="icon" href="data:,">
 <title>{re.search("^# (.*)", markdown)[1]}</title>
 <style>
+/* Page Math: a part of STIX Math 1.1.1, (c) 2001-2011 by the STI Pub Companies, under the SIL Open Font License 1.1:
+   math-licence.txt, beside the page's source. */
+@font-face {{ font-family: "Page Math"; src: url(data:font/woff2;base64,{font}) format("woff2"); }}
 {style}</style>
+<script>
+{first}</script>
 </head>
 <body>
 <main>
 <button id="theme" type="button">light / dark</button>
 {body}</main>
 <script>
-{script}</script>
+{calculator}</script>
 <script>
 {model}</script>
 <script>
@@ -544,8 +557,17 @@ def presets() -> dict[str, dict]:
             latent_dim=cfg.latent,
             joint_dim=2 * cfg.latent,
             context=cfg.block_size,
+            **dict(q_rank=0, local_layers=0, window=4096, local_kept=0),
         )
     return found
+
+
+def models() -> dict[str, dict]:
+    """docs/published.py's models under the calculator's names."""
+    return {
+        name: model._asdict() | dict(fields=published.fields(model))
+        for name, model in published.MODELS.items()
+    }
 
 
 def built() -> dict[Path, str]:
