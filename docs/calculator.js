@@ -145,7 +145,7 @@ if (typeof document !== "undefined") {  // in a page, not in the test's node
       if (NAMES.includes(name) && Number.isFinite(rounded)) config[name] = Math.max(LEAST[name] ?? 1, rounded);
     }
     for (const [name, [number, slider, log]] of Object.entries(inputs)) {
-      if (+number.value !== config[name]) number.value = config[name];
+      if (number.value === "" || +number.value !== config[name]) number.value = config[name];
       slider.value = log ? Math.log2(config[name]) : config[name];
     }
     at("calc-bytes").value = config.bytes;
@@ -169,7 +169,7 @@ if (typeof document !== "undefined") {  // in a page, not in the test's node
       const bar = make("i", {className: off ? "off" : ""});
       bar.style.width = row.why ? 0 : `${Math.min(100, 100 * row.total / widest)}%`;
       bar.style.backgroundColor = `var(--${row.attn.replace("_joint", "")})`;
-      const text = row.why || `${bytes(row.total)} · ${share > 10 ? Math.round(share).toLocaleString("en") + " × MHA" : (100 * share).toPrecision(3) + "%"}`;
+      const text = row.why || `${bytes(row.total)} · ${share > 10 ? Math.round(share).toLocaleString("en") + " ×" : (100 * share).toPrecision(3) + "%"}`;
       return make("li", {className: row.why ? "why" : ""}, make("span", {className: "name", textContent: row.name}), make("span", {className: "track"}, bar), make("span", {className: "value", textContent: text}));
     }));
     const cell = (field, value, text) => {
