@@ -63,7 +63,7 @@ const NAMES = FIELDS.flatMap(([, fields]) => fields.map(([name]) => name)).conca
 const LEAST = {rope_dim: 0, q_rank: 0, local_layers: 0, local_kept: 0, bandwidth: 0.001, tflops: 0.001, bytes: 0.5};  // others: 1
 const ANY = ["bandwidth", "memory", "tflops", "bytes"];  // need not be whole
 const PRESETS = /*presets*/{};  // docs/build.py writes mfa.py's here,
-const MODELS_OF_OTHERS = /*models*/{};  // and docs/published.py's: {attn, fields, source, url}
+const MODELS_OF_OTHERS = /*models*/{};  // and docs/published.py's: {attn, fields, source, url, note}
 const CARDS = /*cards*/{};  // {memory, bandwidth, tflops: {bytes a number: TFLOP/s}}
 
 // A card's fields at a precision; numbers of 4 bits are multiplied as 8.
@@ -154,7 +154,7 @@ if (typeof document !== "undefined") {  // in a page, not in the test's node
     at("calc-card").value = card_of(config) || "";
     const published = MODELS_OF_OTHERS[same];
     itself = published?.attn;
-    at("calc-source").replaceChildren(...(published ? [`${same}, by `, make("a", {href: published.url, textContent: published.source}), "; its own attention has a dot."] : []));
+    at("calc-source").replaceChildren(...(published ? [`${same}, by `, make("a", {href: published.url, textContent: published.source}), `. Its own attention has a dot. ${published.note}`] : []));
     if (write) history.replaceState(null, "", "#" + NAMES.map((name) => `${name}=${config[name]}`).join("&"));
     draw();
   }

@@ -10,6 +10,7 @@ class Model(NamedTuple):
     fields: dict[str, int]  # what its source gives
     source: str
     url: str
+    note: str = ""
 
 
 QWEN3 = "https://arxiv.org/abs/2505.09388"
@@ -51,8 +52,10 @@ MODELS = {
         "gqa",
         dict(n_layer=60, dim=5376, n_head=32, head_dim=512, n_kv_head=4,
              local_layers=50, window=1024, local_kept=2 * 16 * 256),
-        "its config.json; the layers with a window stay as they are in every row",
+        "its config.json",
         "https://huggingface.co/google/gemma-4-31B-it",
+        "The 50 layers with a window stay as they are in every row; their arithmetic is counted at "
+        "the other layers' FLOP per byte.",
     ),
 }  # fmt: skip
 

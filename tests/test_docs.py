@@ -115,6 +115,7 @@ def test_it_needs_no_network_and_no_second_file_until_play_is_pressed(page):
     assert all(address.startswith("data:") for address in page.loads), page.loads
     assert not re.search(r"@import|url\((?!data:)|fetch\(|XMLHttpRequest|importScripts|\bimport ", text)
     assert len([a for a in page.loads if a.startswith("data:image/png")]) >= 6, "the notebooks' pictures"
+    assert INDEX.stat().st_size < 350_000
 
 
 def test_every_formula_became_mathml(page):
@@ -154,6 +155,12 @@ def test_the_font_has_every_character_of_the_formulas_and_stretches_them(build):
         assert len(vertical[cmap[ord(c)]].MathGlyphVariantRecord) > 1
     assert vertical[cmap[ord("(")]].GlyphAssembly.PartRecords
     assert "SIL OPEN FONT LICENSE" in (DOCS / "math-licence.txt").read_text(encoding="utf-8")
+
+
+def test_what_is_no_font_is_refused(tmp_path):
+    (tmp_path / "a.otf").write_text("no font")
+    with pytest.raises(BadInput, match="a.otf: not a font that can be read|brotli is missing: pip install"):
+        font.main(font.Args(tmp_path / "a.otf"))
 
 
 @pytest.mark.parametrize("word", [*(f"/{folder}/" for folder in ("work", "tmp", "home", "root")), "site-packages"])
