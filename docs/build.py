@@ -3,10 +3,11 @@
 Needs pip install -e ".[dev]".
 
 docs/index.html is one file that needs no network: the text of docs/walkthrough.md, its formulas as
-MathML, the pictures of the executed notebooks, docs/page.css, the figures of docs/results_table.py,
-docs/calculator.js, and docs/model.js with docs/live.js, which read docs/models when the reader
-presses play. In the text {{name}} stands for a figure or a block made here, and an image of a
-notebook is the one whose code cell contains the image's title:
+MathML in the font docs/math.woff2, the pictures of the executed notebooks, docs/page.css and
+docs/page.js, the figures of docs/results_table.py, docs/calculator.js with docs/published.py, and
+docs/model.js with docs/live.js, which read docs/models when the reader presses play. In the text
+{{name}} stands for a figure or a block made here, and an image of a notebook is the one whose code
+cell contains the image's title:
 
     ![what can be seen](../notebooks/04_mfa.ipynb "A random MQA, written as an MFA")
     its caption
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import family as drawing
+import published
 import results_table as figures
 import torch
 from latex2mathml.converter import convert
@@ -86,19 +88,25 @@ def calculator() -> str:
     """The places that calculator.js fills."""
     serving = "attention|kept, per token and layer|bytes per token|cache|read once"
     serving += "|tokens/s at most|sequences that fit"
+    roofline = "attention|FLOP per byte|arithmetic takes|waits for"
     capacity = "attention|parameters of a layer|heads|rank of a head|shared dimension|total rank"
-    precisions = {4: "32 bits (float32)", 2: "16 bits (bfloat16)", 1: "8 bits"}
+    precisions = {4: "32 bits (float32)", 2: "16 bits (bfloat16)", 1: "8 bits", 0.5: "4 bits"}
     options = "".join(
-        f'<option value="{size}">{name}</option>' for size, name in precisions.items()
+        f'<option value="{size:g}">{name}</option>' for size, name in precisions.items()
+    )
+    choices = {"preset": "model", "bytes": "cache in", "card": "card"}
+    selects = "".join(
+        f'<span class="choice"><label for="calc-{name}">{label} </label>'
+        f'<select id="calc-{name}">{options if name == "bytes" else ""}</select></span>'
+        for name, label in choices.items()
     )
     return (
         '<div id="calculator"><noscript>The calculator needs JavaScript.</noscript>'
-        '<span class="choice"><label for="calc-preset">preset </label>'
-        '<select id="calc-preset"></select></span>'
-        '<span class="choice"><label for="calc-bytes">precision </label>'
-        f'<select id="calc-bytes">{options}</select></span>'
-        '<ul class="bars" id="calc-bars"></ul><div id="calc-fields"></div>'
+        f'{selects}<p class="note" id="calc-source"></p><div><ul class="bars" id="calc-bars"></ul>'
+        '<div id="calc-fields"></div></div>'
         f"{html_table(serving.split('|'), [], 'calc-serving')}"
+        '<p class="note" id="calc-ridge"></p>'
+        f"{html_table(roofline.split('|'), [], 'calc-roofline')}"
         f"{html_table(capacity.split('|'), [], 'calc-capacity')}</div>"
     )
 
@@ -212,9 +220,9 @@ def perplexity(folder: Path) -> str:
             statistics.mean(mha.ppl) < statistics.mean(mfa.ppl),
         )
         ahead, how = (
-            (f"on average MHA is ahead of {at}", "unlike")
+            (f"on average MHA is better than {at}", "unlike")
             if lower
-            else (f"on average MHA is behind {at}", "as")
+            else (f"on average MHA is worse than {at}", "as")
         )
         so_far = f"{len(found)} of {len(planned)} models so far" + (
             ", not all with three rates and seeds" if few else ""
@@ -270,11 +278,23 @@ def speed(folder: Path) -> str:
     rate = {attn: row["tokens_per_s"] for attn, _, row in found}
     if {"mha", "mfa"} <= rate.keys():
         note += f" MFA makes {rate['mfa'] / rate['mha']:.1f} times MHA's tokens per second here."
+    most, card = max(row["floor_share"] for *_, row in found), data_sheet(decode)
+    if most > 1 and card:
+        note += (
+            f" A share of the floor of {most:.0%} is possible: the floor takes the speed of a "
+            f"copy, and a step mostly reads, at up to {card['bandwidth']} TB/s by the data sheet."
+        )
     drawn = [
         (mode_name(attn, mode), attn, row["tokens_per_s"], f"{row['tokens_per_s']:,.0f} tokens/s")
         for attn, mode, row in found
     ]
     return f'{bars(drawn)}<p class="note">{note}</p>{html_table(head, rows)}'
+
+
+def data_sheet(decode: dict) -> dict | None:
+    """Of the card that was measured, where docs/published.py has it."""
+    cards = published.CARDS.items()
+    return next((card for name, card in cards if name in decode["device"].split()), None)
 
 
 def profile(folder: Path) -> str:
@@ -314,10 +334,12 @@ def step_time(folder: Path, mode: str, kernel: str) -> str:
 
 def largest_batch(folder: Path) -> str:
     """The most sequences that fit, as bars."""
-    rows = figures.read_decode(folder)["largest_batch"]
+    decode = figures.read_decode(folder)
     rows = [
-        row for row in rows if row["context"] == figures.CONTEXT and "batch" in row
-    ]  # else it has an error
+        row
+        for row in decode["largest_batch"]
+        if row["context"] == figures.CONTEXT and "batch" in row  # else it has an error
+    ]
     if not rows:
         return missing("experiments/results/decode.json", "python experiments/bench/decoding.py")
     rows.sort(key=lambda row: ORDER.index(row["attn"]))
@@ -331,6 +353,16 @@ def largest_batch(folder: Path) -> str:
         for row in rows
     ]
     what = f"The most sequences of {figures.CONTEXT:,} tokens before memory ran out."
+    fits, card = [row["batch"] for row in rows if row["attn"] == "mha"], data_sheet(decode)
+    if fits and card:
+        per_sequence = cache_bytes(preset(figures.PRESET, "mha")) * figures.CONTEXT
+        counted = card["memory"] * 1e9 // per_sequence
+        used = (fits[0] * per_sequence + weight_bytes()) / 1e9
+        what += (
+            f" The calculator says {counted:.0f} for MHA, not {fits[0]}: it divides the data "
+            f"sheet's {card['memory']} GB by the cache of a sequence, and the card has more: "
+            f"{fits[0]} sequences and the weights take {used:.0f} GB."
+        )
     return f'{bars(found)}<p class="note">{what}</p>'
 
 
@@ -344,6 +376,12 @@ def short(n: float) -> str:
         if n >= size:
             return f"{n / size:.3g}{unit}"
     return f"{n:.3g}"
+
+
+def weight_bytes() -> int:
+    """Of the paper's 1B model with MHA, at 16 bits."""
+    with torch.device("meta"):
+        return 2 * sum(p.numel() for p in GPT(preset(figures.PRESET, "mha")).parameters())
 
 
 def values(folder: Path) -> dict[str, str]:
@@ -361,8 +399,6 @@ def values(folder: Path) -> dict[str, str]:
         ATTENTION["mqa"].counts(preset("paper-1b", "mqa", n_head=n, head_dim=256)).params
         for n in (14, 15)
     ]
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in GPT(cfg["mha"]).parameters())
     return {
         "context": f"{context:,}",
         "batch": f"{batch}",
@@ -377,7 +413,7 @@ def values(folder: Path) -> dict[str, str]:
         "mha_sequence": f"{token['mha'] * context / 1e9:.2f} GB",
         "kr_sequence": f"{token['mfa_kr'] * context / 1e9:.2f} GB",
         "mha_all": f"{token['mha'] * context * batch / 1e9:.0f} GB",
-        "weights": f"{2 * weights / 1e9:.2f} GB",
+        "weights": f"{weight_bytes() / 1e9:.2f} GB",
         "fpba_params": short(ATTENTION["fpba"].counts(cfg["fpba"]).params),
         "mha_params": short(ATTENTION["mha"].counts(cfg["mha"]).params),
         "mha_head": short(mha_heads[1] - mha_heads[0]),
@@ -482,7 +518,7 @@ def page(folder: Path = figures.RESULTS) -> str:
     markdown = (HERE / "walkthrough.md").read_text(encoding="utf-8")
     body, links = render(markdown)
     known = values(folder) | {
-        "minutes": f"{round(words(markdown) / 220)}",
+        "minutes": f"{round(words(markdown) / 230)}",
         "contents": f"<nav>{links}</nav>",
     }
     asked = set(re.findall(r"\{\{(\w+)\}\}", body))
@@ -497,12 +533,14 @@ def page(folder: Path = figures.RESULTS) -> str:
     style = f":root {{ {colors} --fpba: var(--ink); }}\n" + (HERE / "page.css").read_text(
         encoding="utf-8"
     )
-    script = (
-        (HERE / "calculator.js")
-        .read_text(encoding="utf-8")
-        .replace("/*presets*/{}", json.dumps(presets()))
-    )
-    model, watch = ((HERE / name).read_text(encoding="utf-8") for name in ("model.js", "live.js"))
+    scripts = [
+        (HERE / name).read_text(encoding="utf-8")
+        for name in ("page.js", "calculator.js", "model.js", "live.js")
+    ]
+    for place, data in (("presets", presets()), ("models", models()), ("cards", published.CARDS)):
+        scripts[1] = scripts[1].replace(f"/*{place}*/{{}}", json.dumps(data))
+    first, calculator, model, watch = scripts
+    font = base64.b64encode((HERE / "math.woff2").read_bytes()).decode()
     return f"""<!doctype html>
 <html lang="en">
 <!-- Made by docs/build.py from docs/walkthrough.md: edit that. -->
@@ -513,14 +551,19 @@ def page(folder: Path = figures.RESULTS) -> str:
 <link rel="icon" href="data:,">
 <title>{re.search("^# (.*)", markdown)[1]}</title>
 <style>
+/* Page Math: a part of STIX Math 1.1.1, (c) 2001-2011 by the STI Pub Companies,
+   under the SIL Open Font License 1.1: docs/math-licence.txt. */
+@font-face {{ font-family: "Page Math"; src: url(data:font/woff2;base64,{font}) format("woff2"); }}
 {style}</style>
+<script>
+{first}</script>
 </head>
 <body>
 <main>
 <button id="theme" type="button">light / dark</button>
 {body}</main>
 <script>
-{script}</script>
+{calculator}</script>
 <script>
 {model}</script>
 <script>
@@ -544,8 +587,17 @@ def presets() -> dict[str, dict]:
             latent_dim=cfg.latent,
             joint_dim=2 * cfg.latent,
             context=cfg.block_size,
+            **dict(q_rank=0, local_layers=0, window=4096, local_kept=0),
         )
     return found
+
+
+def models() -> dict[str, dict]:
+    """docs/published.py's models under the calculator's names."""
+    return {
+        name: model._asdict() | dict(fields=published.fields(model))
+        for name, model in published.MODELS.items()
+    }
 
 
 def built() -> dict[Path, str]:

@@ -28,6 +28,8 @@ INDEX = DOCS / "index.html"
 sys.path.insert(0, str(DOCS))
 
 import family  # noqa: E402
+import font  # noqa: E402
+import published  # noqa: E402
 import quick_start as start  # noqa: E402
 import results_table as figures  # noqa: E402
 
@@ -72,7 +74,10 @@ def test_a_figure_typed_into_a_made_block_is_out_of_date():
 
 
 def test_it_is_a_quarter_of_an_hour_of_reading(build):
-    assert 2500 <= build.words((DOCS / "walkthrough.md").read_text(encoding="utf-8")) <= 3700
+    minutes = build.words((DOCS / "walkthrough.md").read_text(encoding="utf-8")) / 230
+    assert round(minutes) == 15
+    assert "in a quarter of an hour" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "About 15 minutes." in INDEX.read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -108,8 +113,9 @@ def page():
 def test_it_needs_no_network_and_no_second_file_until_play_is_pressed(page):
     text = INDEX.read_text(encoding="utf-8")
     assert all(address.startswith("data:") for address in page.loads), page.loads
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|importScripts|\bimport ", text)
+    assert not re.search(r"@import|url\((?!data:)|fetch\(|XMLHttpRequest|importScripts|\bimport ", text)
     assert len([a for a in page.loads if a.startswith("data:image/png")]) >= 6, "the notebooks' pictures"
+    assert INDEX.stat().st_size < 350_000
 
 
 def test_every_formula_became_mathml(page):
@@ -124,6 +130,37 @@ def test_every_formula_became_mathml(page):
     assert body.count('display="inline"') == len(inline) > 40
     text = "".join(page.text)
     assert "$" not in text and "\\" not in text and "{{" not in text
+
+
+def test_the_theme_is_set_before_anything_is_drawn():
+    head, _, body = INDEX.read_text(encoding="utf-8").partition("<body>")
+    assert (DOCS / "page.js").read_text(encoding="utf-8") in head and "root.dataset.theme = wanted" in head
+    assert '<button id="theme"' in body
+
+
+def test_the_font_has_every_character_of_the_formulas_and_stretches_them(build):
+    pytest.importorskip("brotli")
+    ttLib = pytest.importorskip("fontTools.ttLib")
+    made = ttLib.TTFont(DOCS / "math.woff2")
+    text = INDEX.read_text(encoding="utf-8")
+    used = set(unescape("".join(re.sub(r"<[^>]*>", "", formula) for formula in re.findall(r"<math .*?</math>", text))))
+    letters = {ord(c) for c in used if c.isalpha() and c.isascii()}
+    italic = {0x210E if c == ord("h") else c - 65 + 0x1D434 if c < 97 else c - 97 + 0x1D44E for c in letters}
+    cmap, math_table = made.getBestCmap(), made["MATH"].table
+    assert {ord(c) for c in used if c.isprintable() and c != " "} - {0x2061, 0x2062, 0x00A0, 0x2003} | italic <= cmap.keys()
+    assert cmap.keys() >= font.characters() and made["name"].getDebugName(1) == font.NAME != "STIX Math"
+    variants = math_table.MathVariants
+    vertical = dict(zip(variants.VertGlyphCoverage.glyphs, variants.VertGlyphConstruction, strict=True))
+    for c in "()∑√":  # larger forms, and for brackets pieces
+        assert len(vertical[cmap[ord(c)]].MathGlyphVariantRecord) > 1
+    assert vertical[cmap[ord("(")]].GlyphAssembly.PartRecords
+    assert "SIL OPEN FONT LICENSE" in (DOCS / "math-licence.txt").read_text(encoding="utf-8")
+
+
+def test_what_is_no_font_is_refused(tmp_path):
+    (tmp_path / "a.otf").write_text("no font")
+    with pytest.raises(BadInput, match="a.otf: not a font that can be read|brotli is missing: pip install"):
+        font.main(font.Args(tmp_path / "a.otf"))
 
 
 @pytest.mark.parametrize("word", [*(f"/{folder}/" for folder in ("work", "tmp", "home", "root")), "site-packages"])
@@ -351,23 +388,23 @@ def test_a_picture_must_be_found_exactly_once(build):
 # The calculator
 
 FIELDS = ["kv_cache", "params", "heads", "rank", "shared_dim", "total_rank"]
-ODD = [  # beside the five presets: n_layer, dim, n_head, head_dim, n_kv_head, latent_dim, mfa_n_head, rope_dim, joint_dim
-    (1, 64, 1, 8, 1, 8, 1, 2, 8),
-    (3, 96, 6, 48, 2, 120, 5, 6, 200),  # wider heads than dim / n_head, latents wider than dim
-    (32, 4096, 32, 128, 8, 512, 40, 64, 1024),
-    (7, 640, 10, 24, 5, 10, 33, 0, 18),
-    (61, 7168, 64, 256, 16, 256, 64, 64, 512),
+ODD = [  # beside the five presets: n_layer, dim, n_head, head_dim, n_kv_head, latent_dim, mfa_n_head, rope_dim, joint_dim, q_rank
+    (1, 64, 1, 8, 1, 8, 1, 2, 8, 0),
+    (3, 96, 6, 48, 2, 120, 5, 6, 200, 24),  # wider heads than dim / n_head, latents wider than dim
+    (32, 4096, 32, 128, 8, 512, 40, 64, 1024, 0),
+    (7, 640, 10, 24, 5, 10, 33, 0, 18, 7),
+    (61, 7168, 64, 256, 16, 256, 64, 64, 512, 2048),
 ]
 
 
 def calculators() -> list[dict]:
-    names = "n_layer dim n_head head_dim n_kv_head latent_dim mfa_n_head rope_dim joint_dim".split()
+    names = "n_layer dim n_head head_dim n_kv_head latent_dim mfa_n_head rope_dim joint_dim q_rank".split()
     found = [dict(zip(names, numbers, strict=True)) for numbers in ODD]
     for name in PRESETS:
         c = preset(name, "mha")
         given = {field: getattr(c, field) for field in names if hasattr(c, field)}
         found.append(given | dict(n_head=c.heads, latent_dim=c.latent, joint_dim=2 * c.latent))
-    return found
+    return found + [{name: published.fields(model)[name] for name in names} for model in published.MODELS.values()]
 
 
 def counted(c: dict) -> dict[str, list[int]]:
@@ -375,31 +412,115 @@ def counted(c: dict) -> dict[str, list[int]]:
     base = dict(
         n_layer=c["n_layer"], dim=c["dim"], head_dim=c["head_dim"], n_kv_head=c["n_kv_head"], mfa_n_head=c["mfa_n_head"]
     )
-    base |= dict(latent_dim=c["latent_dim"], rope_dim=max(c["rope_dim"], 2))
+    base |= dict(latent_dim=c["latent_dim"], rope_dim=max(c["rope_dim"], 2), q_rank=c["q_rank"])
     found = {}
     for attn in ATTENTION:
         cfg = Config(attn=attn, n_head=c["n_head"] if attn in ("mha", "gqa", "mqa", "mla") else 0, **base)
         if attn == "mla":
             cfg = cfg if c["rope_dim"] else replace(cfg, pos="none")  # d_r = 0 is no rotary key
-            joint = replace(cfg, joint_kv=True, compress_query=False, latent_dim=c["joint_dim"])
+            joint = replace(cfg, joint_kv=True, compress_query=c["q_rank"] > 0, latent_dim=c["joint_dim"])
             found["mla_joint"] = [getattr(ATTENTION["mla"].counts(joint), field) for field in FIELDS]
         found[attn] = [getattr(ATTENTION[attn].counts(cfg), field) for field in FIELDS]
     return found
 
 
-def test_the_formula_in_javascript_is_counts():
+def in_node(expression: str, **names):
+    """What an expression on calculator.js gives, with some names set."""
     node = shutil.which("node")
     if not node:
         pytest.skip("no node")
-    script = (
-        (DOCS / "calculator.js").read_text(encoding="utf-8")
-        + f"""
-    const attentions = {json.dumps(list(counted(calculators()[0])))}, fields = {json.dumps(FIELDS)};
-    const all = {json.dumps(calculators())}.map((c) => Object.fromEntries(attentions.map((a) => [a, fields.map((f) => counts(a, c)[f])])));
-    console.log(JSON.stringify(all));"""
-    )
-    done = subprocess.run([node, "-e", script], capture_output=True, text=True, encoding="utf-8", check=True)
-    assert json.loads(done.stdout) == [counted(c) for c in calculators()]
+    setting = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in names.items())
+    script = (DOCS / "calculator.js").read_text(encoding="utf-8") + f"\n{setting}console.log(JSON.stringify({expression}));"
+    how = dict(capture_output=True, text=True, encoding="utf-8", check=True)
+    return json.loads(subprocess.run([node, "-"], input=script, **how).stdout)
+
+
+def test_the_formula_in_javascript_is_counts():
+    each = "all.map((c) => Object.fromEntries(attentions.map((a) => [a, fields.map((f) => counts(a, c)[f])])))"
+    got = in_node(each, all=calculators(), attentions=list(counted(calculators()[0])), fields=FIELDS)
+    assert got == [counted(c) for c in calculators()]
+
+
+SERVED = dict(context=32768, batch=1, memory=80, bandwidth=4.0, tflops=296, bytes=1)  # an H20, a cache of 8 bits
+
+
+def served(name: str, **changes) -> dict:
+    """What the calculator finds for a published model with its own attention."""
+    model = published.MODELS[name]
+    c = published.fields(model) | SERVED | changes
+    return in_node("({...serving(attn, c), work: work(attn, c), ridge: ridge(c)})", attn=model.attn, c=c) | dict(layers=c["n_layer"])
+
+
+@pytest.mark.parametrize(
+    "name, cache, flop, intensity", [("Step-3", 1.02e9, 1.31e11, 128), ("DeepSeek-V3", 1.15e9, 5.89e11, 512), ("Qwen3-235B-A22B", 3.15e9, 1.01e11, 32)]
+)
+def test_the_roofline_is_the_one_of_step_3_s_report(name, cache, flop, intensity):
+    """arXiv 2507.19427: bytes of cache and FLOP of attention at 32k tokens, 8 bits, and their quotient."""
+    got = served(name)
+    work = got["work"] * got["layers"] * 32768
+    assert got["total"] == pytest.approx(cache, rel=0.005)
+    if name == "DeepSeek-V3":  # the report lets MLA's value be as wide as its key, with the rotary 64
+        assert got["intensity"] == pytest.approx(483.6, abs=0.1)  # ours
+        latent, key = 512, 512 + 64
+        work *= (key + key) / (key + latent)
+    assert work == pytest.approx(flop, rel=0.005)
+    assert work / got["total"] == pytest.approx(intensity)
+
+
+def test_what_a_step_waits_for():
+    got = {name: served(name) for name in ("Step-3", "DeepSeek-V3", "Qwen3-235B-A22B")}
+    assert all(row["ridge"] == 74 for row in got.values())
+    assert [row["arithmetic"] > row["seconds"] for row in got.values()] == [True, True, False]
+    for row in got.values():
+        assert row["limit"] == pytest.approx(1 / max(row["arithmetic"], row["seconds"]))
+        assert row["arithmetic"] == pytest.approx(row["work"] * row["layers"] * 32768 / 296e12)
+    half = served("Step-3", bytes=0.5)
+    assert half["intensity"] == 256 and half["total"] == got["Step-3"]["total"] / 2
+    cards = in_node("Object.values(cards).map((card) => [4, 2, 1, 0.5].map((bytes) => on_card(card, bytes).tflops))", cards=published.CARDS)
+    assert cards[0] == [495, 989, 1979, 1979] and all(len(row) == 4 and None not in row for row in cards)
+
+
+@pytest.mark.parametrize("context", [512, 1024, 32768, 262144])
+def test_a_layer_with_a_window_keeps_the_window_alone(context):
+    """Gemma 4 31B, layer by layer: every sixth sees all, with 4 key/value heads of 512, the others have 16 of 256."""
+    bytes_ = sum(2 * 4 * 512 * context if layer % 6 == 5 else 2 * 16 * 256 * min(context, 1024) for layer in range(60))
+    got = served("Gemma 4 31B", context=context, bytes=2)
+    assert got["total"] == 2 * bytes_
+    assert got["per_token"] == 2 * 2 * (10 * 4 * 512 + (50 * 16 * 256 if context < 1024 else 0))
+    c = published.fields(published.MODELS["Gemma 4 31B"]) | SERVED | dict(context=context, local_layers=3, n_layer=5, local_kept=0)
+    alike = in_node("serving('mha', c).total", c=c)  # layers of one kind
+    assert alike == 2 * 32 * 512 * (2 * context + 3 * min(context, 1024))
+
+
+def test_published_models_are_models():
+    assert set(published.MODELS) >= {"Llama-3-8B", "Qwen3-8B", "DeepSeek-V3", "Step-3", "Gemma 4 31B"}
+    kept = {"Llama-3-8B": 2 * 8 * 128, "Qwen3-8B": 2 * 8 * 128, "DeepSeek-V3": 512 + 64, "Step-3": 2 * 256, "Gemma 4 31B": 2 * 4 * 512}
+    for name, model in published.MODELS.items():
+        c = published.fields(model)
+        numbers = counted(c)
+        assert numbers[model.attn][0] == kept.get(name, 2 * 4 * 128) and model.url.startswith("https://") and model.source
+        assert c | model.fields == c  # a source's number is taken as it is
+        one_more = counted(c | dict(mfa_n_head=c["mfa_n_head"] + 1))["mfa"][1]
+        if model.attn != "mfa":
+            assert numbers["mfa"][1] <= numbers[model.attn][1] < one_more
+
+
+@pytest.mark.parametrize(
+    "attn, wrong",
+    [("fpba", dict(dim=63)), *((attn, dict(head_dim=7)) for attn in ("mha", "gqa", "mqa")), ("mla", dict(rope_dim=5)),
+     ("mfa", dict(latent_dim=9)), ("mfa_kr", dict(latent_dim=9)), ("gqa", dict(n_head=10, n_kv_head=4)), ("mfa", {}), ("gqa", {})],
+)  # fmt: skip
+def test_it_refuses_what_config_refuses_in_its_words(attn, wrong):
+    c = dict(dim=64, n_head=8, head_dim=8, n_kv_head=4, latent_dim=16, rope_dim=8, joint_dim=16, mfa_n_head=4) | wrong
+    fields = {name: value for name, value in c.items() if name != "joint_dim" and (name != "n_head" or attn in ("mha", "gqa", "mqa", "mla"))}
+    says = ""
+    try:
+        Config(attn=attn, **fields)
+    except ValueError as e:
+        says = str(e)
+    assert bool(says) == bool(wrong) and in_node("impossible(attn, c)", attn=attn, c=c) == says
+    if attn == "mla":
+        assert in_node("impossible('mla_joint', c)", c=c) == says
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,10 +531,15 @@ browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium or Chrome on the 
 
 PROBE = """
 <pre id="probe"></pre><script>
+document.fonts.ready.then(() => {
 const found = {};
 found.math = [...document.querySelectorAll("math")].map((m) => { const r = m.getBoundingClientRect(); return [r.width, r.height]; });
 const fraction = document.querySelector("mfrac").children;
 found.fraction = [...fraction].map((part) => part.getBoundingClientRect().top);
+const height = (element) => element.getBoundingClientRect().height;
+const signs = (text) => [...document.querySelectorAll("math[display=block] mo")].filter((mo) => mo.textContent === text).map(height);
+found.stretched = {fraction: height(document.querySelector("mfrac")), brackets: signs("("), sums: signs("∑"), letter: height(document.querySelector("math mi"))};
+found.fonts = [...document.fonts].map((face) => [face.family, face.status]);
 found.colors = ["light", "dark"].map((theme) => {
   document.documentElement.dataset.theme = theme;
   const style = getComputedStyle(document.body);
@@ -433,19 +559,62 @@ found.configs = CONFIGS.map((c) => {  // through the inputs, as a reader would
   return {rows, bars, hash: location.hash};
 });
 document.getElementById("probe").textContent = JSON.stringify(found);
+});
 </script>"""
 
 PHONE = """<!doctype html><iframe width="390" height="800" style="border:0" src="index.html"></iframe><pre id="probe"></pre><script>
 document.querySelector("iframe").onload = (event) => {
-  const doc = event.target.contentDocument;
-  document.getElementById("probe").textContent = JSON.stringify([doc.documentElement.clientWidth, doc.documentElement.scrollWidth]);
+  const doc = event.target.contentDocument, found = {sizes: [doc.documentElement.clientWidth, doc.documentElement.scrollWidth]};
+  const at = (id) => doc.getElementById(id), box = (id) => at(id).getBoundingClientRect();
+  found.sliders = [...doc.querySelectorAll("#calc-fields input[type=range]")].map((slider) => {
+    slider.scrollIntoView({block: "center", behavior: "instant"});
+    return [box("calc-bars").top, box("calc-bars").bottom, slider.getBoundingClientRect().top, innerHeight];
+  });
+  const place = at("calc-serving").closest(".scroll"), fades = () => ["more-left", "more-right"].map((name) => place.classList.contains(name));
+  const wait = () => new Promise((resolve) => setTimeout(resolve, 150));
+  (async () => {
+    await wait();
+    found.start = [...fades(), place.tabIndex];
+    place.scrollLeft = 1e6;
+    place.dispatchEvent(new Event("scroll"));  // no frame is drawn here that would send one
+    await wait();
+    found.end = fades();
+    found.figures = [...doc.querySelectorAll("figure .scroll")].map((figure) => [figure.scrollWidth > figure.clientWidth + 1, figure.classList.contains("more-right")]);
+    document.getElementById("probe").textContent = JSON.stringify(found);
+  })();
 };</script>"""
 
+THEME = """<!doctype html><iframe id="open"></iframe><iframe id="blocked" sandbox="allow-scripts" src="blocked.html"></iframe><pre id="probe"></pre><script>
+const found = {}, open_ = document.getElementById("open"), root = () => open_.contentDocument.documentElement;
+addEventListener("message", (event) => { found.blocked = event.data; });
+const load = (address) => new Promise((resolve) => { open_.onload = resolve; open_.src = address; });
+(async () => {
+  await load("index.html");
+  found.before = root().dataset.theme || "";
+  found.clicks = [0, 1, 2].map(() => { open_.contentDocument.getElementById("theme").click(); return root().dataset.theme; });
+  await load("index.html?again");
+  found.after = root().dataset.theme;
+  await load("index.html?theme=light");
+  found.asked = root().dataset.theme;
+  await load("index.html?again");
+  found.still = root().dataset.theme;
+  await new Promise((resolve) => setTimeout(resolve, 300));
+  document.getElementById("probe").textContent = JSON.stringify(found);
+})();
+</script>"""
+BLOCKED = """<script>
+const read = () => { try { return String(localStorage); } catch { return "refused"; } };
+addEventListener("load", () => {
+  document.getElementById("theme").click();
+  parent.postMessage([read(), document.documentElement.dataset.theme, document.querySelectorAll("#calc-serving tr").length], "*");
+});
+</script></body>"""
 
-def browse(path: Path, query: str = "") -> tuple[str, list[str]]:
+
+def browse(path: Path, query: str = "", seconds: int = 2) -> tuple[str, list[str]]:
     """A page in headless Chromium: its DOM after the scripts, and the console's messages."""
     flags = "--headless --no-sandbox --disable-gpu --disable-extensions --no-first-run --allow-file-access-from-files"
-    flags += " --hide-scrollbars --enable-logging=stderr --virtual-time-budget=2000 --window-size=1000,900 --dump-dom"
+    flags += f" --hide-scrollbars --enable-logging=stderr --virtual-time-budget={1000 * seconds} --window-size=1000,900 --dump-dom"
     done = subprocess.run([CHROMIUM, *flags.split(), path.as_uri() + query], capture_output=True, timeout=120)
     assert done.returncode == 0
     console = [line for line in done.stderr.decode(errors="replace").splitlines() if ":CONSOLE" in line]
@@ -482,11 +651,16 @@ def test_the_formulas_are_laid_out(seen):
     assert all(width > 4 and height > 4 for width, height in sizes)
     above, below = seen[0]["fraction"]
     assert below > above + 8  # a fraction has a numerator above a denominator
+    assert seen[0]["fonts"] == [["Page Math", "loaded"]]
+    size = seen[0]["stretched"]
+    assert len(size["brackets"]) == 3 and len(size["sums"]) == 4
+    assert sum(bracket >= size["fraction"] for bracket in size["brackets"]) == 2  # the pair of Eq. 1 holds its fraction
+    assert min(size["sums"]) > 1.3 * size["letter"]
 
 
 @browser
 def test_the_calculator_shows_what_counts_says(seen):
-    assert len(calculators()) == 10
+    assert len(calculators()) == 16
     for c, got in zip(calculators(), seen[0]["configs"], strict=True):
         shown = {attn: [row[field] for field in FIELDS] for attn, row in got["rows"].items()}
         assert shown == counted(c)
@@ -495,7 +669,9 @@ def test_the_calculator_shows_what_counts_says(seen):
             assert row["total"] == row["kv_cache"] * c["n_layer"] * 2 * tokens
             assert bar == pytest.approx(min(100, 100 * row["total"] / widest), abs=0.01)
             assert row["seconds"] == pytest.approx(row["total"] / 4.8e12)
-            assert row["fit"] == 128 * 10**9 // (row["total"] // 32)
+            assert row["fit"] == 141 * 10**9 // (row["total"] // 32)
+            assert row["limit"] == pytest.approx(32 / max(row["seconds"], row["arithmetic"]))
+            assert row["arithmetic"] == pytest.approx(row["intensity"] * row["total"] / 989e12)
         assert f"&dim={c['dim']}&" in got["hash"]
 
 
@@ -513,7 +689,18 @@ def test_an_address_holds_a_configuration():
 def test_impossible_numbers_are_refused_in_words():
     dom, _ = browse(INDEX, "#n_head=10&n_kv_head=4&latent_dim=7")
     gqa, mfa = (re.search(rf'<tr data-attn="{attn}">(.*?)</tr>', dom)[1] for attn in ("gqa", "mfa"))
-    assert "10 heads do not split into 4 groups" in gqa and "must be even" in mfa and "data-value" not in gqa + mfa
+    assert "n_head 10 must be a multiple of n_kv_head 4" in gqa and "latent_dim must be even" in mfa and "data-value" not in gqa + mfa
+
+
+@browser
+def test_a_published_model_has_its_source_and_a_card_its_numbers():
+    c = published.fields(published.MODELS["Step-3"])
+    address = "&".join(f"{name}={value}" for name, value in c.items())
+    dom, console = browse(INDEX, f"#{address}&memory=96&bandwidth=4&tflops=296&bytes=1")
+    assert console == [] and "Step-3, by" in dom and 'href="https://github.com/stepfun-ai/Step3"' in dom and "MFA •" in dom
+    assert "The card does 74.0 FLOP while it reads a byte" in dom
+    row = re.search(r'id="calc-roofline">.*?<tr data-attn="mfa">(.*?)</tr>', dom)[1]
+    assert 'data-field="intensity" data-value="128"' in row and ">arithmetic<" in row
 
 
 @browser
@@ -526,7 +713,40 @@ def test_light_and_dark_differ_and_can_be_read(seen):
 
 
 @browser
-def test_a_phone_shows_it_without_scrolling_sideways(tmp_path):
-    shutil.copy(INDEX, tmp_path / "index.html")
-    (tmp_path / "phone.html").write_text(PHONE, encoding="utf-8")
-    assert probed(browse(tmp_path / "phone.html")[0]) == [390, 390]
+def test_the_theme_is_remembered_where_it_may_be(tmp_path):
+    text = INDEX.read_text(encoding="utf-8")
+    (tmp_path / "index.html").write_text(text, encoding="utf-8")
+    (tmp_path / "blocked.html").write_text(text.replace("</body>", BLOCKED), encoding="utf-8")
+    (tmp_path / "theme.html").write_text(THEME, encoding="utf-8")
+    found = probed(browse(tmp_path / "theme.html", seconds=4)[0])
+    first, second, third = found["clicks"]
+    assert found["before"] == "" and {first, second} == {"light", "dark"} and third == first
+    assert found["after"] == found["still"] == third and found["asked"] == "light"
+    assert found["blocked"][0] == "refused" and found["blocked"][1] in ("light", "dark") and found["blocked"][2] == 8
+
+
+@pytest.fixture(scope="module")
+def phone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phone")
+    shutil.copy(INDEX, folder / "index.html")
+    (folder / "phone.html").write_text(PHONE, encoding="utf-8")
+    return probed(browse(folder / "phone.html")[0])
+
+
+@browser
+def test_a_phone_shows_it_without_scrolling_sideways(phone):
+    assert phone["sizes"] == [390, 390]
+
+
+@browser
+def test_the_bars_are_seen_while_a_slider_moves(phone):
+    assert len(phone["sliders"]) == 18
+    for top, bottom, slider, height in phone["sliders"]:
+        assert -1 <= top < bottom < slider < height
+
+
+@browser
+def test_what_goes_on_beyond_the_edge_fades_there(phone):
+    assert phone["start"] == [False, True, 0] and phone["end"] == [True, False]  # tabindex 0: arrow keys scroll it
+    assert phone["figures"] and all(wider == fades for wider, fades in phone["figures"])
+    assert any(wider for wider, _ in phone["figures"])

@@ -19,7 +19,7 @@ from support.cli import run_command
 
 markdown_it = pytest.importorskip("markdown_it")
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "data/README.md", "experiments/README.md", "notebooks/README.md", "docs/walkthrough.md"]
+DOCUMENTS = ["README.md", "data/README.md", "experiments/README.md", "experiments/RESULTS.md", "notebooks/README.md", "docs/walkthrough.md"]
 
 QUICK = "--max_iters 2 --eval_interval 2 --eval_tokens 600 --batch_size 2"
 TOY = f"{QUICK} --batch_size 32 --n_layer 1 --dim 64 --head_dim 16 --block_size 32"
@@ -29,6 +29,7 @@ RUN = {
     'python sample.py --prompt "ROMEO:"': ("--max_new_tokens 20", "out/tiny-mfa_kr/best.pt: mfa_kr, step 2"),
     "python sample.py --checkpoint shipped-mfa_kr": ("--max_new_tokens 20", "20 tokens in "),
     "python train.py --attn mha": (QUICK, "100.00% of MHA's"),
+    "python -m support.compare out/*": ("", "drawn: "),  # it opens the * itself, as on Windows
     "python train.py --file my_notes.txt --tokenizer byte --out out/notes": (QUICK, "text: file-my_notes-byte"),
     "python train.py --plugin examples/my_attention.py --attn tied2": (QUICK, "in out/tiny-tied2: best.pt"),
     "python experiments/paper.py": ("", "Table 8"),
@@ -55,7 +56,6 @@ NOT_RUN = {
     "python train.py --preset small --tokenizer gpt2 --dataset wikitext-2": "a download; the next one runs with other text",
     "torchrun --nnodes=8 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py --preset small "
     "--tokenizer gpt2 --dataset wikitext-2 --grad_accum 1 --resume": "needs eight machines",
-    "python -m support.compare out/*": "tests/test_compare.py does it; here no shell would open the *",
     "python experiments/bench/training.py --nanogpt FOLDER --part small": "needs a checkout of nanoGPT and a GPU",
     "python experiments/study/run.py --study all --source DIR": "needs the text of pg-books, and hours of a GPU",
     "python experiments/study/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
@@ -64,6 +64,7 @@ NOT_RUN = {
     "python docs/quick_start.py": "minutes; the quick start's commands are run for two steps",
     "python experiments/bench/decoding.py --nanogpt FOLDER": "needs a checkout of nanoGPT and a GPU",
     "python experiments/probes/copying.py --jobs 2": "half an hour; tests/test_copying.py runs it for two steps",
+    "python experiments/probes/copying.py --jobs 1": "the same, one run after the other",
     "python experiments/probes/rounding.py": "three quarters of an hour; tests/test_rounding.py runs it with small models",
     "python train.py --attn mfa --optimizer muon --learning_rate 1e-2 --batch_size 32 --max_iters 700 --seed 1337":
         "minutes; tests/test_live.py takes what it made",

@@ -840,21 +840,25 @@ def tokens_plot(found: dict):
     run = found.get("runs", {}).get(rows[0].get("run"), found)
     measured = sorted({r["batch"] for r in rows})
     batches = [b for b in (1, 32) if b in measured] or measured[:2]
-    figure = Figure(figsize=(6 * len(batches), 5), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(batches), 5), layout="constrained")
     axes = figure.subplots(1, len(batches), squeeze=False)[0]
     for axis, batch in zip(axes, batches, strict=True):
         plot_speed(axis, [r for r in rows if r["batch"] == batch], batch)
     bandwidth = f"copy bandwidth {run['bandwidth'] / 1e12:.2f} TB/s"
     title = f"Decoding, paper-1b in bf16, {run['device']}, {bandwidth}"
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=12)
     return figure
 
 
-LINE = {"pre": "-.", "post": "--", "inverse": ":"}  # of MFA-KR's modes
+# One line an attention: MFA-KR's quickest mode stands for it, and RESULTS.md has the others.
+LINES = {
+    ("mha", ""): "MHA", ("gqa", ""): "GQA", ("mqa", ""): "MQA", ("mla", "joint"): "MLA",
+    ("mfa", ""): "MFA", ("mfa_kr", "post"): "MFA-KR",
+}  # fmt: skip
 
 
 def plot_speed(axis, rows: list[dict], batch: int) -> None:
-    """Tokens/s of one batch against context, a line for each variant and a mark for each Llama.
+    """Tokens/s of one batch against context, a line for each of LINES and a mark for each Llama.
 
     A name stands at the end of its line, or at its mark.
     """
@@ -862,15 +866,14 @@ def plot_speed(axis, rows: list[dict], batch: int) -> None:
 
     contexts = sorted({r["context"] for r in rows})
     ends = []  # (attention, name, context, tokens/s)
-    for (attn, mode), name in NAMES.items():
+    for (attn, mode), name in LINES.items():
         of = dict(attn=attn, mode=mode, engine="ours")
         points = [row for c in contexts if (row := quickest(rows, context=c, **of))]
         if points:
             axis.plot(
                 [r["context"] for r in points],
                 [r["tokens_per_s"] for r in points],
-                LINE.get(mode, "-"),
-                marker=palette.MARKER[attn], ms=5, color=palette.COLOR[attn],
+                marker=palette.MARKER[attn], ms=7, lw=2, color=palette.COLOR[attn],
             )  # fmt: skip
             ends.append((attn, name, points[-1]["context"], points[-1]["tokens_per_s"]))
     for attn, marker in (("mha", "x"), ("gqa", "+")):
@@ -880,9 +883,12 @@ def plot_speed(axis, rows: list[dict], batch: int) -> None:
                 point = row["context"], row["tokens_per_s"]
                 axis.plot(*point, marker, ms=9, mew=2, color=color)
                 place = dict(xytext=(-9, 0), textcoords="offset points", ha="right", va="center")
-                axis.annotate(name, point, **place, fontsize=8, color=color)
-    axis.set(xscale="log", yscale="log", title=f"batch {batch}")
-    axis.set(xlabel="context, tokens", ylabel="tokens per second")
+                axis.annotate(name, point, **place, fontsize=10, color=color)
+    axis.set(xscale="log", yscale="log")
+    axis.set_title(f"batch {batch}", fontsize=13)
+    axis.set_xlabel("context, tokens", fontsize=12)
+    axis.set_ylabel("tokens per second", fontsize=12)
+    axis.tick_params(labelsize=11)
     axis.set_xlim(contexts[0] / 1.3, contexts[-1] * (contexts[-1] / contexts[0] + 1) ** 0.33)
     write_names(axis, ends)
     axis.set_xticks(contexts, [f"{c // 1024}k" if c >= 1024 else str(c) for c in contexts])
@@ -895,12 +901,12 @@ def plot_speed(axis, rows: list[dict], batch: int) -> None:
 def write_names(axis, ends: list[tuple[str, str, int, float]]) -> None:
     """Each name right of its line's end, and no closer to the next than a line of text."""
     low, high = axis.get_ylim()
-    gap = (high / low) ** 0.042
+    gap = (high / low) ** 0.055
     below = {}  # the last place taken, by context
     for attn, name, context, speed in sorted(ends, key=lambda end: end[-1]):
         place = max(speed, below.get(context, 0) * gap)
         below[context] = place
-        text = dict(fontsize=8, va="center", color=palette.COLOR[attn])
+        text = dict(fontsize=12, va="center", color=palette.COLOR[attn])
         axis.annotate(name, (context, place), (7, 0), textcoords="offset points", **text)
 
 
