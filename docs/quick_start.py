@@ -29,13 +29,13 @@ def printed(command: str, folder: str) -> list[str]:
 
 
 def shortened(train: list[str], sample: list[str]) -> str:
-    """Ten lines of each: what is trained, its first and last losses, and the text's beginning."""
+    """A few lines of each: what is trained, its first and last losses, and the text's beginning."""
     steps = [line for line in train if line.startswith("step ")]
     model = next(i for i, line in enumerate(train) if line.startswith("mfa_kr: "))
     best = next(i for i, line in enumerate(train) if "best validation loss" in line)
     lines = [f"$ {INSTALL}", f"$ {TRAIN}", *train[model : model + 3]]
     lines += [steps[0], "...", *steps[-2:], train[best + 1]]
-    lines += [f"$ {SAMPLE}", *sample[2:10], "..."]
+    lines += [f"$ {SAMPLE}", *sample[2:7], "..."]
     return "\n".join(lines) + "\n"
 
 

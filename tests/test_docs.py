@@ -237,7 +237,7 @@ def test_what_is_typed_of_decoding_and_of_the_kills_is_in_the_results():
 def test_the_advice_is_what_the_results_say():
     """Which attention for which cache: the README's sentences, one by one."""
     measured = figures.Measured()
-    ppl = {arm: float(measured.ppl(arm)) for arm in ("mha", "gqa2", "mla_joint", "mqa", "mfa", "mfa_kr", "mfa_kr_half_norm")}
+    ppl = {arm: float(measured.ppl(arm)) for arm in ("mha", "gqa2", "mla_joint", "mqa", "mqa_16", "mfa", "mfa_half", "mfa_kr", "mfa_kr_half_norm")}
     share = {arm: measured.arm("modern", arm).share for arm in ppl}
     assert [share[arm] for arm in ("mha", "gqa2", "mfa", "mfa_kr_half_norm")] == [1, 1 / 4, 1 / 8, 1 / 16]
     assert ppl["mha"] == min(ppl.values())  # nothing is better, whatever its cache
@@ -246,12 +246,11 @@ def test_the_advice_is_what_the_results_say():
     decode = figures.read_decode()
     assert figures.speeds(decode, "mla")["joint"]["tokens_per_s"] < figures.speeds(decode, "mfa")[""]["tokens_per_s"]
     assert abs(ppl["mfa_kr_half_norm"] - ppl["mqa"]) < 0.1 and ppl["mfa_kr_half_norm"] < ppl["mfa_kr"]
+    assert ppl["mfa_kr_half_norm"] < ppl["mqa_16"] - 1 and share["mqa_16"] == 1 / 16
+    assert ppl["mfa"] < ppl["mfa_half"]  # a wider query helps with AdamW alone
     # What is unsettled, of AdamW's three seeds.
-    mfa, mqa, wider, mha, kr = (
-        statistics.mean(measured.arm("figure1", arm).ppl) for arm in ("mfa", "mqa", "mfa_half", "mha", "mfa_kr")
-    )
-    narrow = statistics.mean(measured.arm("why", "mqa_16").ppl)
-    assert abs(mfa - mqa) < 0.2 and abs(wider - mha) < 0.1 and abs(narrow - kr) < 0.4
+    mfa, mqa, wider, mha = (statistics.mean(measured.arm("figure1", arm).ppl) for arm in ("mfa", "mqa", "mfa_half", "mha"))
+    assert abs(mfa - mqa) < 0.2 and abs(wider - mha) < 0.1
 
 
 def test_the_flags_of_a_model_are_its_config():
@@ -274,12 +273,12 @@ def test_the_drawing_is_to_scale():
     assert "4,096 numbers" in text and "512 numbers, 1/8 of MHA's" in text and "256 numbers, 1/16 of MHA's" in text
 
 
-def test_the_quick_start_keeps_ten_lines_of_each():
+def test_the_quick_start_keeps_a_few_lines_of_each():
     train = ["prepared x", "mfa_kr: small", "parameters", "cache", "text", "step 1", "step 2", "step 3", "step 3 val"]
     train += ["", "a sample", "mfa_kr: best validation loss 1", "minutes"]
     text = start.shortened(train, ["out", "", *(f"line {i}" for i in range(20))]).splitlines()
     assert text[2:10] == ["mfa_kr: small", "parameters", "cache", "step 1", "...", "step 3", "step 3 val", "minutes"]
-    assert text[11:] == [*(f"line {i}" for i in range(8)), "..."]
+    assert text[11:] == [*(f"line {i}" for i in range(5)), "..."]
     shown = (DOCS / "quick_start.txt").read_text(encoding="utf-8").splitlines()
     assert [line for line in shown if line.startswith("$ ")] == [f"$ {c}" for c in (start.INSTALL, start.TRAIN, start.SAMPLE)]
 
@@ -304,7 +303,7 @@ def results(tmp_path):
         run("mfa", 0, 41.0, 0.125),
         run("mfa", 1, 43.0, 0.125),
         run("mfa", 0, 44.0, 0.125, times=2),
-        run("mfa_2d", 0, 39.0, 0.25),
+        run("gqa2", 0, 39.0, 0.25),
     ]
     runs += [run("mha", 0, 50.0, 1.0), run("mla_separate", 0, 45.0, 0.15)]
     runs += [run("mha", 0, 49.0, 1.0, study="modern")]
@@ -343,7 +342,7 @@ def test_the_table_takes_what_was_measured(results):
     assert line(table, "MFA")[2:] == ["12.5%", "–", "42.00 ± 1.41", "6,500"]  # at the better rate
     assert line(table, "MHA")[2:] == ["100%", "49.00", "50.00", "1,000"]
     assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "60.00, 1 of 2 did not train", "7,000"]
-    assert line(table, "MFA, C = 2 d")[2:] == ["25%", "–", "39.00", "–"]  # no such share was timed
+    assert line(table, "GQA")[2:] == ["25%", "–", "39.00", "–"]  # no such share was timed
     assert line(table, "MQA")[2:] == ["not measured", "–", "–", "not measured"]
     assert "49.0" in figures.advice(results)
     assert (
@@ -353,8 +352,8 @@ def test_the_table_takes_what_was_measured(results):
 
 def test_the_page_takes_what_was_measured(build, results):
     learned, fast, batch = build.perplexity(results), build.speed(results), build.largest_batch(results)
-    assert learned.count("<b ") == 6 and "MFA, C = 2d, 8 heads (25%)" in learned  # a dot per seed that did not diverge
-    assert learned.index(">MHA (") < learned.index(">MFA, C = 2d") < learned.index(">MFA-KR, C = dim/8")
+    assert learned.count("<b ") == 6 and "GQA, 2 KV heads (25%)" in learned  # a dot per seed that did not diverge
+    assert learned.index(">MHA (") < learned.index(">GQA, 2 KV heads") < learned.index(">MFA-KR, C = dim/8")
     assert "6,500 tokens/s" in fast and "MFA makes 6.5 times MHA" in fast and "copy bandwidth is 4.00 TB/s" in fast
     assert "320 sequences" in batch and "width:12.5%" in batch
 
