@@ -42,7 +42,7 @@ from support.corpora import (
 )
 from support.data_set import DATA_SET, VERSION, is_data_set, load, read_meta
 from support.files import finish_replacing, replace_folder, write_atomically
-from support.packing import cuts_told, pack
+from support.packing import cuts_told, pack, require_end_of_text
 from support.text_files import checksum, document_ends, read_text, slice_text, split_documents
 from support.tokenizers import (
     PATTERN,
@@ -206,6 +206,7 @@ def prepare(
     got wrong, OSError for what the disk refuses.
     """
     if packing == "best-fit":
+        require_end_of_text(tokenizer)
         how = dataset, file, source, tokenizer, vocab_size, data_dir, overwrite, separator
         return pack(prepare(*how), context, overwrite)
     tok = tokenizer_from(tokenizer) if isinstance(tokenizer, dict) else None

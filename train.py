@@ -114,10 +114,10 @@ def defaults(argv: list[str]) -> Train:
     out = Path(f"out/{given.preset}-{given.attn}" if given.out is None else given.out)
     latest = out / "latest.pt"
     if given.resume and latest.is_file():
-        return replace(flags_of(load_checkpoint(latest), latest, Train), out=out)
+        return replace(flags_of(load_checkpoint(latest, mmap=True), latest, Train), out=out)
     compile = can_compile(pick_device(given.device))
     if given.init_from:
-        taken = flags_from(load_checkpoint(given.init_from), given.init_from)
+        taken = flags_from(load_checkpoint(given.init_from, mmap=True), given.init_from)
         return Train(**RECIPES[taken["preset"]], **taken, compile=compile)
     try:
         model = preset(given.preset, given.attn, vocab_size=0)
@@ -431,7 +431,7 @@ def main(args: Train) -> None:
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        what = "try a smaller --batch_size, more --grad_accum, or a smaller model"
+        what = "try a smaller --batch_size, more --grad_accum, --checkpoint_blocks or --shard"
         raise BadInput(f"out of memory: {what}") from e
     leave(stopped)
 

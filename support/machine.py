@@ -275,6 +275,10 @@ class Machine:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes two seconds
 
+        for name, p in model.named_parameters():
+            if p.dim() == 0:  # of a plug-in
+                what = f"{name} is a number by itself, which cannot be shared out"
+                raise BadInput(f"--shard: {what}: make it a vector of one, or leave --shard out")
         low = self.dtype if self.dtype != torch.float32 else None
         how = dict(
             mesh=init_device_mesh(self.device.type, (self.world,)),

@@ -87,18 +87,23 @@ def cuts_told(train: np.ndarray, meta: dict, eot: int, context: int) -> str:
     return f"{line}\npacked best-fit, they cut {packing['cut']:.1%}, and {padding:.2%} is padding"
 
 
+def require_end_of_text(tokenizer: str | dict) -> None:
+    """BadInput for the one kind of tokenizer, char, that has no token for it."""
+    kind = tokenizer["kind"] if isinstance(tokenizer, dict) else tokenizer
+    if kind == "char":
+        what = "where documents end is not to be seen with --tokenizer char"
+        raise BadInput(f"--packing best-fit: {what}; give byte, bpe or gpt2")
+
+
 def pack(folder: Path, context: int, overwrite: bool = False) -> Path:
     """The data set in folder once more, beside it, its train.bin packed for contexts of so many
     tokens; returns that folder. val.bin stays a stream, so that losses compare.
 
     train.bin is then rows of context + 1 tokens, inputs and targets, filled up with end-of-text
-    tokens. No document is empty, so one that follows another is padding. BadInput without any.
+    tokens. No document is empty, so one that follows another is padding.
     """
     ids, _, meta = load(folder)
     eot = tokenizer_from(meta["tokenizer"]).eot
-    if eot is None:
-        what = "documents end where --tokenizer char has no token for it"
-        raise BadInput(f"--packing best-fit: {what}; give byte, bpe or gpt2")
     packed = folder.with_name(f"{folder.name}.best_fit{context}")
     finish_replacing(packed, DATA_SET)
     if is_data_set(packed) and not overwrite:

@@ -288,7 +288,9 @@ class Progress:
     def finish(self, mha: Config) -> None:
         """A sample from the best checkpoint, the figures, and what to do next."""
         best, device = self.run.best, self.machine.device
-        ckpt = load_checkpoint(best)
+        if self.machine.shard:  # it may be too large for this one
+            device = torch.device("cpu")
+        ckpt = load_checkpoint(best, mmap=True)
         model, tokenizer = model_from(ckpt, best, device), tokenizer_from(ckpt["tokenizer"])
         prompt = torch.tensor([start_of_text(tokenizer)], device=device)  # (1, T)
         g = torch.Generator(device).manual_seed(0)

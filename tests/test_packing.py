@@ -1,5 +1,6 @@
 """What --packing best-fit promises, one statement of fact a test."""
 
+import json
 import random
 from collections import defaultdict
 from itertools import product
@@ -150,7 +151,17 @@ def test_a_text_that_has_changed_is_packed_again(own, tmp_path):
 def test_a_tokenizer_without_an_end_of_text_is_refused(own):
     with pytest.raises(BadInput, match="--packing best-fit: .*; give byte, bpe or gpt2"):
         prepared(own, tokenizer="char")
-    assert not list(own.parent.glob("*char*best*"))
+    assert not list(own.parent.glob("*char*"))
+
+
+@pytest.mark.parametrize("damaged", [3, {}, {"context": 100, "eot": 256, "padding": "none"}])
+def test_a_damaged_meta_json_is_refused(damaged, own):
+    path = prepared(own, context=70) / "meta.json"
+    good = path.read_text()
+    path.write_text(json.dumps(json.loads(good) | dict(packing=damaged)))
+    with pytest.raises(BadInput, match="meta.json: 'packing' is damaged; make it again"):
+        load(path.parent)
+    path.write_text(good)
 
 
 def test_padding_is_no_target_and_changes_no_loss(own):

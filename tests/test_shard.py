@@ -12,7 +12,7 @@ import torch
 from runs import ROOT, rows, small, state
 
 import train as trainer
-from mfa import MFA
+from mfa import GPT, MFA, Config
 from support.cli import BadInput
 from support.machine import Machine
 from support.progress import Progress
@@ -174,3 +174,11 @@ def test_float16_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="--shard: float16 .*: give --dtype bfloat16 or float32"):
         Machine("cpu", "float16", shard=True)
+
+
+def test_a_number_by_itself_in_a_plug_in_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = GPT(Config(n_layer=1))
+    model.blocks[0].attn.gain = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(BadInput, match="--shard: blocks.0.attn.gain is a number by itself, .*: make it a vector of one"):
+        Machine("cpu", shard=True).place(model)
