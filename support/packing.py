@@ -3,7 +3,7 @@
 Contexts that are cut from a stream of documents end to end cut most documents that are not much
 shorter. Packed, a document that fits into a context lies whole in one, and a longer one is cut
 only where it must be, into whole contexts and a rest. Rests and short documents go where they
-leave the least room.
+leave the least room. As in a stream, a token sees what stands before its document, too.
 
 Paper: A.1 has "bin size of 8" and no more. It is read as the eight contexts that are open at a
 time. So the documents stay nearly in their order, "without disturbing the data distribution", and

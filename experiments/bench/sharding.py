@@ -175,7 +175,7 @@ def torchrun(args: Bench, context: int) -> bool:
         [*command, f"--contexts={context}", "--results", str(args.results.resolve())],
         env=environment, capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
-    if done.returncode and "out of memory" not in done.stdout:
+    if done.returncode and "out of memory" not in done.stdout + done.stderr:  # NCCL has its own
         raise SystemExit(f"{done.stdout}{done.stderr}\nthe processes failed, see above")
     return done.returncode == 0
 
