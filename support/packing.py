@@ -15,15 +15,17 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from support.cli import BadInput
 from support.data_set import DATA_SET, is_data_set, load, read_meta
 from support.files import finish_replacing, replace_folder, write_atomically
 from support.tokenizers import tokenizer_from
+
+if TYPE_CHECKING:  # prepare_data.py needs no torch
+    from torch import Tensor
 
 BINS = 8  # contexts that are open
 BLOCK = 1 << 20  # tokens looked at together
@@ -139,8 +141,10 @@ def pack(folder: Path, context: int, overwrite: bool = False) -> Path:
     return packed
 
 
-def hide_padding(tokens: Tensor, meta: dict) -> Tensor:
+def hide_padding(tokens: "Tensor", meta: dict) -> "Tensor":
     """Rows (B, T + 1) of a packed text, their padding -1: a target that does not count."""
     eot = meta["packing"]["eot"]
     padding = (tokens[:, 1:] == eot) & (tokens[:, :-1] == eot)  # (B, T)
-    return torch.cat((tokens[:, :1], tokens[:, 1:].masked_fill(padding, -1)), dim=1)
+    tokens = tokens.clone()
+    tokens[:, 1:].masked_fill_(padding, -1)
+    return tokens
