@@ -42,6 +42,7 @@ from support.corpora import (
 )
 from support.data_set import DATA_SET, VERSION, is_data_set, load, read_meta
 from support.files import finish_replacing, replace_folder, write_atomically
+from support.packing import cuts_told, pack, require_end_of_text
 from support.text_files import checksum, document_ends, read_text, slice_text, split_documents
 from support.tokenizers import (
     PATTERN,
@@ -188,6 +189,8 @@ def prepare(
     data_dir: str | Path = DATA,
     overwrite: bool = False,
     separator: str | None = None,
+    packing: str = "stream",
+    context: int = 0,
 ) -> Path:
     """Make a data set unless it is there, and return its folder: train.bin, val.bin, meta.json.
 
@@ -196,11 +199,16 @@ def prepare(
     gpt2, or the spec() of one that there is already. vocab_size: of bpe, the 256 bytes and the
     end-of-text token included (8192). overwrite: make it in any case. separator: the text that
     stands between the documents of file, "" for none, None for the one that an earlier call gave.
+    packing: "best-fit" packs it, once made, into a second one, for contexts of `context` tokens.
 
     The three files appear together or not at all. One that is there is made again only if its text
     has changed, never because it is damaged. Raises BadInput for that and for what else the user
     got wrong, OSError for what the disk refuses.
     """
+    if packing == "best-fit":
+        require_end_of_text(tokenizer)
+        how = dataset, file, source, tokenizer, vocab_size, data_dir, overwrite, separator
+        return pack(prepare(*how), context, overwrite)
     tok = tokenizer_from(tokenizer) if isinstance(tokenizer, dict) else None
     kind = tokenizer["kind"] if tok else tokenizer
     check_text_flags(dataset, file, source, kind, vocab_size, data_dir, separator)
@@ -340,8 +348,10 @@ class Args:
     """bpe is trained here on the train split; gpt2 is tiktoken's, and downloaded."""
     vocab_size: int | None = None
     """Tokens of bpe, the 256 bytes and the end of text included; 8192 if not given."""
+    packing: Literal["stream", "best-fit"] = "stream"
+    """best-fit lays whole documents into contexts and pads them, instead of cutting a stream."""
     context: int = 256
-    """Say how many documents are cut by contexts of so many tokens, laid end to end."""
+    """The context: tokens of a packed one, or how long ones to count cut documents for."""
     data_dir: str = str(DATA)
     """Where data sets and downloads are kept."""
     overwrite: bool = False
@@ -349,14 +359,6 @@ class Args:
     separator: str | None = None
     """What stands between the documents in --file, as it is and no pattern: '<|endoftext|>', or
     '\\n\\n' for a blank line. '' for nothing; if not given, what it was when last prepared."""
-
-
-def fraction_cut(ids: np.ndarray, eot: int, context: int) -> float:
-    """Of the documents in ids, the fraction that does not lie whole in one of the contexts of so
-    many tokens, laid end to end."""
-    last = np.flatnonzero(ids == eot)  # (documents,)
-    first = np.concatenate([[0], last[:-1] + 1])
-    return float(np.mean(first // context != last // context))
 
 
 def unescape(text: str | None) -> str | None:
@@ -369,11 +371,11 @@ def main(args: Args) -> None:
     if args.context < 1:
         raise BadInput(f"--context {args.context}: must be 1 or more")
     flags = vars(args) | {"separator": unescape(args.separator)}
-    del flags["context"]
     folder = prepare(**flags)
     train, _, meta = load(folder)
+    padding = {"train": meta["packing"]["padding"]} if "packing" in meta else {}
     for split in ("train", "val"):
-        tokens, size = meta[f"{split}_tokens"], meta[f"{split}_bytes"]
+        tokens, size = meta[f"{split}_tokens"] - padding.get(split, 0), meta[f"{split}_bytes"]
         documents = meta[f"{split}_documents"]
         plural = "s" if documents != 1 else ""
         print(
@@ -382,8 +384,7 @@ def main(args: Args) -> None:
         )
     eot = tokenizer_from(meta["tokenizer"]).eot
     if eot is not None:
-        cut = f"{fraction_cut(train, eot, args.context):.1%} of the train documents"
-        print(f"contexts of {args.context} tokens, end to end, cut {cut}")
+        print(cuts_told(train, meta, eot, args.context))
     print(
         f"vocabulary: {meta['vocab_size']:,} tokens; split: {meta['split']}; "
         f"licence: {meta['licence']}"
@@ -394,6 +395,8 @@ def main(args: Args) -> None:
         command += f" --tokenizer {args.tokenizer}"
     if args.vocab_size:
         command += f" --vocab_size {args.vocab_size}"
+    if args.packing != "stream":
+        command += f" --packing best-fit --block_size {args.context}"
     if args.data_dir != str(DATA):
         command += f' --data_dir "{args.data_dir}"'
     print(f"next: python train.py {command}")

@@ -40,6 +40,7 @@ from support.machine import (
     require_compiler,
 )
 from support.muon import Both, Muon
+from support.packing import hide_padding
 from support.progress import Progress
 from support.run_folder import Run, load_checkpoint, load_weights
 from support.train_flags import check_flags, first_flags, flags_from, flags_of, origin_of
@@ -58,6 +59,7 @@ class Train:
     file: str | None = None  # your own text, a file or a folder, instead of a corpus
     separator: str | None = None  # what stands between the documents of --file: '\n\n', say
     tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "char"  # bpe learns --vocab_size tokens
+    packing: Literal["stream", "best-fit"] = "stream"  # best-fit cuts as few documents as it can
     out: Path | None = None  # folder of the run; default out/<preset>-<attn>
     resume: bool = False  # go on from latest.pt in --out; flags not given are taken from there
     overwrite: bool = False  # replace the run that --out holds
@@ -83,6 +85,8 @@ class Train:
     seed: int = 1337  # of the weights and the batches
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps ...
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products alone
+    shard: bool = False  # each process of torchrun keeps its part of the model alone (FSDP2)
+    checkpoint_blocks: bool = False  # compute blocks twice instead of keeping what is in them
     compile: bool = False  # torch.compile: the default on a GPU; a CPU needs a C++ compiler
     threads: int = 0  # of a CPU; 0: as many as it has cores
 
@@ -110,10 +114,10 @@ def defaults(argv: list[str]) -> Train:
     out = Path(f"out/{given.preset}-{given.attn}" if given.out is None else given.out)
     latest = out / "latest.pt"
     if given.resume and latest.is_file():
-        return replace(flags_of(load_checkpoint(latest), latest, Train), out=out)
+        return replace(flags_of(load_checkpoint(latest, mmap=True), latest, Train), out=out)
     compile = can_compile(pick_device(given.device))
     if given.init_from:
-        taken = flags_from(load_checkpoint(given.init_from), given.init_from)
+        taken = flags_from(load_checkpoint(given.init_from, mmap=True), given.init_from)
         return Train(**RECIPES[taken["preset"]], **taken, compile=compile)
     try:
         model = preset(given.preset, given.attn, vocab_size=0)
@@ -189,10 +193,11 @@ def take(ids: Tensor, starts: Tensor, length: int, device: torch.device) -> Tens
     return tokens & 0xFFFF if ids.dtype == torch.int16 else tokens  # to_device made them signed
 
 
-def batch_starts(args: Train, step: int, n_tokens: int) -> Tensor:
+def batch_starts(args: Train, step: int, n_tokens: int, every: int = 1) -> Tensor:
     """Where the sequences of a step begin, whatever has run before: (batch_size,)."""
     g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    return torch.randint(n_tokens - args.model.block_size, (args.batch_size,), generator=g)
+    n_start = (n_tokens - args.model.block_size - 1) // every + 1
+    return torch.randint(n_start, (args.batch_size,), generator=g) * every
 
 
 @dataclass
@@ -206,10 +211,11 @@ class Tokens:
 
     def batches(self, args: Train, step: int, machine: Machine) -> list[Tensor]:
         """This process' share of the step's batch, in grad_accum pieces: each (B, T + 1)."""
-        starts = batch_starts(args, step, len(self.train))  # (batch_size,)
+        T, packed = args.model.block_size, "packing" in self.meta
+        starts = batch_starts(args, step, len(self.train), T + 1 if packed else 1)  # (batch_size,)
         mine = starts.view(machine.world, args.grad_accum, -1)[machine.rank]  # (grad_accum, B)
-        T = args.model.block_size
-        return [take(self.train, piece, T + 1, machine.device) for piece in mine]
+        pieces = [take(self.train, piece, T + 1, machine.device) for piece in mine]
+        return [hide_padding(piece, self.meta) for piece in pieces] if packed else pieces
 
 
 def open_text(args: Train, machine: Machine, origin: dict | None) -> Tokens:
@@ -218,18 +224,15 @@ def open_text(args: Train, machine: Machine, origin: dict | None) -> Tokens:
     With --init_from it gets the tokens of the checkpoint origin.
     """
     tokenizer = origin["tokenizer"] if origin else args.tokenizer
+    T = args.model.block_size
     folder = machine.once(
         lambda: prepare(
-            dataset=args.dataset,
-            file=args.file,
-            tokenizer=tokenizer,
+            dataset=args.dataset, file=args.file, tokenizer=tokenizer, packing=args.packing,
             vocab_size=args.model.vocab_size or None if tokenizer == "bpe" else None,
-            data_dir=args.data_dir,
-            separator=unescape(args.separator),
-        )
+            data_dir=args.data_dir, separator=unescape(args.separator), context=T,
+        )  # fmt: skip
     )
     train_ids, val_ids, meta = load(folder)
-    T = args.model.block_size
     if 0 < args.eval_tokens < T:
         what = f"must be 0, for all, or at least --block_size {T}"
         raise BadInput(f"--eval_tokens {args.eval_tokens}: {what}")
@@ -338,8 +341,10 @@ def evaluate(model: GPT, ids: Tensor, machine: Machine) -> float:
     total = torch.zeros((), device=machine.device, dtype=float64)
     count = 0
     with evaluating(model):
-        for first in range(machine.rank * rows, n_window, machine.world * rows):
-            starts = torch.arange(first, min(first + rows, n_window)) * T  # (rows,)
+        # A sharded model needs every process as often, some for a window that does not count.
+        for start in range(0, n_window, machine.world * rows):
+            first = start + machine.rank * rows
+            starts = torch.arange(min(first, n_window - 1), min(first + rows, n_window)) * T
             # The last window may reach over the end: it begins earlier, and what the window before
             # has seen counts -1.
             short = max(0, int(starts[-1]) + T + 1 - len(ids))
@@ -349,7 +354,7 @@ def evaluate(model: GPT, ids: Tensor, machine: Machine) -> float:
             targets[-1, :short] = -1
             with machine.autocast():
                 loss = model(tokens[:, :-1], targets)[1]
-            n = targets.numel() - short
+            n = (targets.numel() - short) * (first < n_window)
             total, count = total + loss * n, count + n
     count = machine.sum(torch.tensor(count, device=machine.device))
     return machine.sum(total).item() / count.item()
@@ -380,13 +385,13 @@ def train(args: Train) -> dict:
     the number of the signal that ended it).
     """
     check_flags(args)
-    with Machine(args.device, args.dtype, args.threads) as machine:
+    with Machine(args.device, args.dtype, args.threads, args.shard) as machine:
         check_machine(args, machine)
         out = args.out or Path("out") / f"{args.preset}-{args.model.attn}"
         run = Run(out, args.resume, args.overwrite, writes=machine.first)
         origin = origin_of(args, run)
         text = open_text(args, machine, origin)
-        model = new_model(args, text).to(machine.device).train()
+        model = machine.place(new_model(args, text), args.checkpoint_blocks).train()
         optimizer = make_optimizer(model, args)
         at = Progress(args, machine, run, text.meta)
         if run.checkpoint:
@@ -426,7 +431,7 @@ def main(args: Train) -> None:
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        what = "try a smaller --batch_size, more --grad_accum, or a smaller model"
+        what = "try a smaller --batch_size, more --grad_accum, --checkpoint_blocks or --shard"
         raise BadInput(f"out of memory: {what}") from e
     leave(stopped)
 

@@ -91,6 +91,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
         require(good, "meta.json", f"{key!r} is missing or no {positive}{kind.__name__}")
     good = isinstance(meta.get("separator", ""), str)  # only of a text split at one
     require(good, "meta.json", "'separator' is no str")
+    packing = meta.get("packing", {})  # only of a text that is packed
+    numbers = dict(context=int, eot=int, padding=int, cut=float, cut_in_stream=float)
+    good = isinstance(packing, dict) and all(
+        type(packing.get(key)) is kind for key, kind in numbers.items() if "packing" in meta
+    )
+    require(good, "meta.json", "'packing' is damaged")
     dtype = id_dtype(meta["vocab_size"])
     reason = f"dtype is {meta['dtype']!r}, but {meta['vocab_size']} tokens need {dtype}"
     require(meta["dtype"] == dtype.name, "meta.json", reason)

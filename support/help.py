@@ -6,8 +6,8 @@ GROUPS = {
     "the attention and its model": """attn preset n_layer dim n_head head_dim n_kv_head latent_dim
         q_rank mfa_n_head ffn_dim block_size vocab_size tied pos rope_base rope_fraction qk_norm
         dropout norm_eps init_std vo_std match_params""",
-    "the run": """dataset file separator tokenizer out resume overwrite init_from plugin data_dir
-        seed device dtype compile threads log""",
+    "the run": """dataset file separator tokenizer packing out resume overwrite init_from plugin
+        data_dir seed device dtype compile shard checkpoint_blocks threads log""",
     "training": """optimizer max_iters batch_size grad_accum learning_rate min_lr warmup_iters
         weight_decay beta2 grad_clip eval_interval eval_tokens log_interval""",
     "MLA": "joint_kv compress_query rope_dim latent_norm",

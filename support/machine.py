@@ -15,12 +15,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from mfa import GPT
 from support.cli import BadInput
@@ -151,18 +153,27 @@ class Machine:
     device, dtype         where, and in what precision products are computed
     scaler                of losses in float16; it does nothing in other dtypes
     rank, world           this process and how many there are
+    shard                 does each of them keep only its part of the model?
     signal                what ends the training early, known to all processes alike; 0: nothing
     """
 
-    def __init__(self, device: str = "auto", dtype: str = "auto", threads: int = 0):
+    def __init__(
+        self, device: str = "auto", dtype: str = "auto", threads: int = 0, shard: bool = False
+    ):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.shard = shard and self.world > 1
         self.device = pick_device(device)
         if self.device.type == "cuda" and self.world > 1:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # where kernels are compiled and launched
         self.dtype = pick_dtype(dtype, self.device)
+        if self.shard and self.dtype == torch.float16:
+            what = "scales its loss, which is not done here for gradients that are shared out"
+            raise BadInput(f"--shard: float16 {what}: give --dtype bfloat16 or float32")
+        if shard and not self.shard:
+            self.print("--shard: one process alone keeps everything; torchrun starts more")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.signals, self.signal, self.parallel = Signals(), 0, None
         self.threads, self.threads_before = threads, 0
@@ -243,6 +254,40 @@ class Machine:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.signal = int(flag)
 
+    def place(self, model: GPT, checkpoint_blocks: bool = False) -> GPT:
+        """The model on this device, or of a sharded one this process' part. To be called before
+        the optimizer is made, which then keeps its state for that part alone.
+
+        checkpoint_blocks: backward computes what is inside a block anew, instead of keeping it.
+        """
+        if checkpoint_blocks:
+            for block in model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        return self.sharded(model) if self.shard else model.to(self.device)
+
+    def sharded(self, model: GPT) -> GPT:
+        """FSDP2: each process keeps 1/world of each weight, and with it of gradient and optimizer.
+
+        A block's weights are gathered while it runs, in self.dtype, and its gradients are summed
+        over the processes in float32. What is no block (embedding and head, which may be one
+        tensor, and the last norm) is gathered for the whole step.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes two seconds
+
+        for name, p in model.named_parameters():
+            if p.dim() == 0:  # of a plug-in
+                what = f"{name} is a number by itself, which cannot be shared out"
+                raise BadInput(f"--shard: {what}: make it a vector of one, or leave --shard out")
+        low = self.dtype if self.dtype != torch.float32 else None
+        how = dict(
+            mesh=init_device_mesh(self.device.type, (self.world,)),
+            mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
+        )
+        for block in model.blocks:
+            fully_shard(block, **how)
+        return fully_shard(model, **how)
+
     def loss_function(
         self, model: GPT, compile: bool = False, graphs: bool = False
     ) -> Callable[[Tensor], Tensor]:
@@ -257,24 +302,36 @@ class Machine:
             # RMSNorm's gains stay float32.
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         runner = model
-        if self.world > 1:
+        if self.world > 1 and not self.shard:
             ids = [self.device.index] if self.device.type == "cuda" else None
             runner = self.parallel = DistributedDataParallel(model, device_ids=ids)
 
         def loss_of(tokens: Tensor) -> Tensor:
+            ids = tokens[:, :-1].clamp(min=0)  # -1 is a target that does not count
             # Logits that left the compiled graph would get a gradient of zeros.
-            return runner(tokens[:, :-1], tokens[:, 1:])[1]
+            return runner(ids, tokens[:, 1:])[1]
 
         if not compile:
+            return loss_of
+        if self.shard:  # gathering the weights is no part of a graph, so each block has its own
+            for block in model.blocks:
+                block.forward = compiled_in_training(block)
             return loss_of
         return torch.compile(loss_of, mode="reduce-overhead" if graphs else None)
 
     def accumulating(self, more: bool):
         """Around a backward pass after which `more` follow before the step: gradients are averaged
-        over the processes once a step.
+        over the processes once a step. Those of a sharded model are after each: kept whole till
+        the last, they would take as much memory as a model that is not sharded.
         """
         wait = self.parallel is not None and more
         return self.parallel.no_sync() if wait else contextlib.nullcontext()
+
+
+def compiled_in_training(block: torch.nn.Module) -> Callable:
+    """block.forward, compiled. Evaluation, with its other shapes, takes the plain one."""
+    plain, fast = block.forward, torch.compile(block.forward)
+    return lambda *args: (fast if block.training else plain)(*args)
 
 
 def residual_in_bfloat16(module, ids: Tensor, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic x -> A x + B x^3 + C x^5 of Jordan et al.
 SMALL = 1 << 24  # numbers up to which a GPU takes longer to launch these kernels than to run them
+AT_ONCE = 1 << 28  # numbers that are stacked at most: a GB, where a 7B's experts would take 16
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
@@ -61,10 +62,53 @@ def orthogonalize_at_once(G: Tensor) -> Tensor:
 
 
 def heads_apart(x: Tensor, n: int) -> Tensor:
-    """A view of n stacked matrices: (n*w, r) -> (n, w, r), or for -n (r, n*w) -> (n, r, w)."""
+    """A view of n stacked matrices: (..., n*w, r) -> (..., n, w, r), or for -n (..., r, n*w) ->
+    (..., n, r, w).
+    """
     if n > 0:
-        return x.unflatten(0, (n, -1))
-    return x.unflatten(1, (-n, -1)).transpose(0, 1) if n < 0 else x
+        return x.unflatten(-2, (n, -1))
+    return x.unflatten(-1, (-n, -1)).transpose(-3, -2) if n < 0 else x
+
+
+def heads_together(x: Tensor, n: int) -> Tensor:
+    """The stacked matrices again: the inverse of heads_apart."""
+    if n > 0:
+        return x.flatten(-3, -2)
+    return x.transpose(-3, -2).flatten(-2) if n < 0 else x
+
+
+def local(x: Tensor) -> Tensor:
+    """Of a sharded matrix the rows that this process keeps; else all of it."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def gather(rows: Tensor, like: Tensor) -> Tensor:
+    """k matrices (k, r, c) from every process' rows of them, if parameter like (r, c) is sharded.
+
+    Orthogonalizing takes whole matrices. Each process does it to all of them and keeps its rows.
+    """
+    if not hasattr(like, "device_mesh"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    whole = torch.empty(len(rows), *like.shape, device="meta")  # (k, r, c), for its strides
+    how = dict(run_check=False, shape=whole.shape, stride=whole.stride())
+    return DTensor.from_local(rows, like.device_mesh, stacked(like), **how).full_tensor()
+
+
+def keep(whole: Tensor, like: Tensor) -> Tensor:
+    """The inverse of gather, and nothing is sent."""
+    if not hasattr(like, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    rows = distribute_tensor(whole, like.device_mesh, stacked(like), src_data_rank=None)
+    return rows.to_local()
+
+
+def stacked(like: Tensor) -> list:
+    """How matrices are sharded in a stack, each as like is."""
+    return [type(placement)(placement.dim + 1) for placement in like.placements]
 
 
 class Muon(torch.optim.Optimizer):
@@ -81,31 +125,35 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
+        """closure: of PyTorch's signature, not used."""
         for group in self.param_groups:
             alike = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     alike[p.shape].append(p)
             for params in alike.values():
-                self.step_together(params, group)
+                k = max(1, AT_ONCE // params[0].numel())
+                for first in range(0, len(params), k):
+                    self.step_together(params[first : first + k], group)
 
     def step_together(self, params: list[Tensor], group: dict) -> None:
         """One step of parameters that have one shape."""
-        lr, momentum = group["lr"], group["momentum"]
+        lr, momentum, n = group["lr"], group["momentum"], group["heads"]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        n = group["heads"]
-        averages = [heads_apart(self.state[p]["momentum"], n) for p in params]
-        grads = [heads_apart(p.grad, n) for p in params]
-        params = [heads_apart(p, n) for p in params]  # views
+        averages = [local(self.state[p]["momentum"]) for p in params]
+        grads = [local(p.grad) for p in params]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, averages, momentum)  # Nesterov
-        direction = orthogonalize_at_once(torch.stack(ahead))  # (n, ..., r, c)
-        length = 0.2 * max(params[0].shape[-2:]) ** 0.5
+        whole = heads_apart(gather(torch.stack(ahead), params[0]), n)  # (k, ..., r, c)
+        direction = orthogonalize_at_once(whole)
+        length = 0.2 * max(whole.shape[-2:]) ** 0.5
+        steps = keep(heads_together(direction * (-lr * length), n), params[0])
+        params = [local(p) for p in params]
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, (direction * (-lr * length)).unbind())
+        torch._foreach_add_(params, steps.unbind())
 
 
 class Both:

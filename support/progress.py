@@ -29,12 +29,13 @@ from support.run_folder import (
     model_from,
     shell_quoted,
 )
+from support.sharded_state import load_state_of, state_of, weights_of, whole
 from support.tokenizers import start_of_text, tokenizer_from
 
 # Flags that a resumed run may change; a change of any other would make it another run.
 MAY_CHANGE = {
     "resume", "overwrite", "out", "data_dir", "plugin", "max_iters", "grad_accum", "eval_interval",
-    "log_interval", "device", "dtype", "compile", "threads",
+    "log_interval", "device", "dtype", "compile", "threads", "shard", "checkpoint_blocks",
 }  # fmt: skip
 
 
@@ -121,7 +122,7 @@ class Progress:
         versions = dict(torch=str(torch.__version__), numpy=np.__version__, python=python)
         counted = dict(params=count(model), cache_bytes=cache_bytes(model.cfg))
         return dict(
-            model=model.state_dict(), optimizer=optimizer.state_dict(),
+            model=weights_of(model), optimizer=state_of(model, optimizer),
             scaler=self.machine.scaler.state_dict(), rng=torch.get_rng_state(), step=self.step,
             tokens=self.step * self.args.batch_size * self.args.model.block_size,
             best_loss=self.best_loss, seconds=self.seconds, config=asdict(model.cfg),
@@ -147,7 +148,7 @@ class Progress:
             raise BadInput(f"--resume: {latest} is of another run: {what}; {advice}")
         config_of(ckpt, latest)
         load_weights(model, ckpt, latest)
-        optimizer.load_state_dict(ckpt["optimizer"])
+        load_state_of(model, optimizer, ckpt["optimizer"])
         if ckpt["scaler"]:  # of float16; --dtype may have changed
             self.machine.scaler.load_state_dict(ckpt["scaler"])
         torch.set_rng_state(ckpt["rng"])  # nothing below draws from it, but what you add may
@@ -257,7 +258,7 @@ class Progress:
             )
 
     def check_weights(self, model: GPT) -> None:
-        total = sum(p.sum().item() for p in model.parameters())
+        total = sum(whole(p.sum()).item() for p in model.parameters())
         self.stop_unless_finite(total, "the sum of the weights", self.step)
 
     # The first and the last words
@@ -287,7 +288,9 @@ class Progress:
     def finish(self, mha: Config) -> None:
         """A sample from the best checkpoint, the figures, and what to do next."""
         best, device = self.run.best, self.machine.device
-        ckpt = load_checkpoint(best)
+        if self.machine.shard:  # it may be too large for this one
+            device = torch.device("cpu")
+        ckpt = load_checkpoint(best, mmap=True)
         model, tokenizer = model_from(ckpt, best, device), tokenizer_from(ckpt["tokenizer"])
         prompt = torch.tensor([start_of_text(tokenizer)], device=device)  # (1, T)
         g = torch.Generator(device).manual_seed(0)

@@ -34,7 +34,8 @@ CONTENTS = dict(
 
 
 def load_checkpoint(path: Path, map_location="cpu", mmap: bool = False) -> dict:
-    """What train.py saved. Nothing in the file is executed. mmap: weights are read when used.
+    """What train.py saved. Nothing in the file is executed. mmap: weights are read when used, as
+    in all processes but the first they always are.
 
     Raises BadInput if it is not a checkpoint of this version.
     """
@@ -43,6 +44,7 @@ def load_checkpoint(path: Path, map_location="cpu", mmap: bool = False) -> dict:
     if not path.is_file():
         raise BadInput(f"checkpoint {path} is not there: train one with python train.py")
     give = "give a best.pt or latest.pt of a run"
+    mmap = mmap or (int(os.environ.get("RANK", 0)) > 0 and os.name != "nt")  # which locks the file
     try:
         with warnings.catch_warnings(action="ignore"):  # what torch finds odd about other files
             ckpt = torch.load(path, map_location, weights_only=True, mmap=mmap)
@@ -72,8 +74,10 @@ def config_of(ckpt: dict, path: Path) -> Config:
 
 def load_weights(model: GPT, ckpt: dict, path: Path) -> None:
     """The checkpoint's weights. BadInput if they are not those of such a model."""
+    from support.sharded_state import load_weights_of  # imports what sampling can do without
+
     try:
-        model.load_state_dict(ckpt["model"])
+        load_weights_of(model, ckpt["model"])
     except (RuntimeError, TypeError) as e:
         raise unfit(e, path) from e
 
@@ -82,9 +86,9 @@ def model_from(ckpt: dict, path: Path, device: torch.device) -> GPT:
     """The model of a checkpoint. BadInput if weights and config do not belong together."""
     try:
         model = GPT(config_of(ckpt, path))
-    except (RuntimeError, KeyError) as e:
+        model.load_state_dict(ckpt["model"])
+    except (RuntimeError, KeyError, TypeError) as e:
         raise unfit(e, path) from e
-    load_weights(model, ckpt, path)
     return model.to(device)
 
 

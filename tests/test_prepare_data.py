@@ -141,13 +141,6 @@ def test_a_damaged_data_set_is_refused_and_with_overwrite_made_again_from_its_so
     assert content(prepare("pg-books", source=source, tokenizer="byte", data_dir=tmp_path, overwrite=True)) == whole
 
 
-def test_the_fraction_of_documents_cut_is_counted_on_contexts_end_to_end(monkeypatch):
-    ids = np.array([1, 1, 1, 9, 1, 9, 1, 1, 9, 1, 1, 1, 9])  # documents at 0-3, 4-5, 6-8, 9-12
-    assert [pd.fraction_cut(ids, 9, context) for context in (4, 1, 13, 2)] == [0.5, 1.0, 0.0, 0.75]
-    monkeypatch.setattr(text_files, "BLOCK", 3)
-    assert pd.fraction_cut(ids, 9, 4) == 0.5
-
-
 def test_the_command_says_what_there_is_and_what_to_run_next(tmp_path, capsys):
     own = tmp_path / "own"
     own.mkdir()
