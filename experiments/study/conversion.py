@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from experiments.convert import Seen, convert, see, target
+from experiments.convert import convert, target
 from experiments.flags import require_other_results, require_positive
+from experiments.paper.truncation import Seen, see
 from experiments.study.run import SMOKE_TOKENS, Training, eagerly, sizes, workers
 from experiments.study.studies import VOCAB, Run, run_for
 from mfa import GPT
