@@ -106,10 +106,11 @@ class Layer:
         self.query_gram = XQ.mT @ XQ * self.heads_weigh  # (n, d, d)
         self.output_gram = self.for_each_key(self.O @ self.O.mT)  # (g, d, d)
         alike = (1 / torch.arange(1.0, T + 1).to(eye)).flip(0).cumsum(0).flip(0) / T  # (T,)
-        distances = seen.distances if seen else alike.expand(n, T)
+        distances = seen.distances.to(eye) if seen else alike.expand(n, T)
+        distances = distances / distances.sum(-1, keepdim=True)  # in float64 now
         pos = torch.arange(T, device=eye.device)[:, None]  # (T, 1)
         R = attn.rotate(eye[:d, :d].expand(T, d, d), pos)  # (T, d, d)
-        self.mean_turn = torch.einsum("nt,tij->nij", distances.to(eye), R)  # (n, d, d)
+        self.mean_turn = torch.einsum("nt,tij->nij", distances, R)  # (n, d, d)
         turned = int(attn.turned_width(attn.cfg, d)) if attn.cfg.pos == "rope" else 0
         first = torch.arange(d - turned, d - turned // 2)
         self.pairs = torch.stack((first, first + turned // 2), dim=-1).tolist()  # of dimensions
