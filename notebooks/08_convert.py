@@ -101,7 +101,7 @@ print(f"{C} of {len(singular)} numbers keep {1 - error / singular.square().sum()
 # `heads_weigh` is the size of what a head writes: an error in the scores of a head that hardly writes does not matter. It
 # also makes errors of scores and errors of values comparable where both come from one latent.
 #
-# Is it worth looking at a text? One can also cut by the weights alone, as if the entries of $x$ were independent. The left plot
+# Is it worth looking at a text? One can also cut by the weights alone, as if the entries of $x$ were independent. The plot
 # shows how much of the scores each kind of cut leaves out.
 
 
@@ -214,11 +214,12 @@ for attn, fields in CASES:
     width = f"C = {new.cfg.latent}" if "latent_dim" in fields else f"{new.blocks[0].attn.g} heads"
     print(f"{NAME[attn]:7} {width:8} {found[-1][1]:5,} bytes of {cache_bytes(mha.cfg):,}: loss {found[-1][2]:.3f}")
 by_mfa = [loss for attn, _, loss, _ in found if attn == "mfa"]
-assert by_mfa == sorted(by_mfa) and abs(found[2][2] - found[3][2]) < 0.02
+assert by_mfa == sorted(by_mfa) and abs(found[2][2] - found[3][2]) < 0.02 and found[5][2] < found[6][2]
 
 # %% [markdown]
 # The third and the fourth line agree, as they must: MFA with $C = d$ is MQA with a factored query (notebook 04), and the cut
-# finds the same directions. MHA of these four heads has no more than four keys to share, so an eighth of its cache is half of one.
+# finds the same directions. MHA of these four heads has no more than four keys to share, so an eighth of its cache is half of one. With so
+# little, one wide latent for both (MFA-KR, $C = 32$) is better than two narrow ones (MFA, $C = 16$).
 #
 # ## A little further training
 #
@@ -253,7 +254,8 @@ for (attn, size), values in further.items():
         plt.annotate(f"{steps}", (size, value), xytext=(5, -3), textcoords="offset points", fontsize=8)
 for attn, (size, value) in scratch.items():
     plt.plot(size, value, color=COLOR[attn], marker=MARKER[attn], markersize=10, markerfacecolor="none", linestyle="")
-    plt.annotate(f"{NAME[attn]}, from scratch", (size, value), xytext=(8, -10), textcoords="offset points", fontsize=8)
+    plt.annotate(f"{NAME[attn]}, from scratch", (size, value), xytext=(0, -16), textcoords="offset points", ha="center", fontsize=8)
+plt.ylim(1.38, None)
 plt.xscale("log", base=2)
 plt.xlabel("bytes of cache per token")
 plt.ylabel("validation loss, nats")

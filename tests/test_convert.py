@@ -14,7 +14,7 @@ from experiments import convert as converter
 from experiments.convert import Args, choose_ladder, convert, target
 from experiments.paper.containment import stack
 from experiments.paper.truncation import Layer, Seen, low_rank, see
-from experiments.study import conversion
+from experiments.study import conversion, plot
 from mfa import ATTENTION, GPT, Config, cache_bytes, rotate
 from support.run_folder import load_checkpoint, model_from
 from train import Train, defaults
@@ -374,3 +374,18 @@ def test_every_target_of_the_study_exists_at_full_size():
             shares[name] = cache_bytes(cfg) / cache_bytes(base.cfg)
             assert cfg.ffn_dim == base.cfg.ffn_dim and ATTENTION[cfg.attn].counts(cfg).heads >= 8
     assert shares["mfa_kr"] == 1 / 16 and shares["mfa"] == shares["mqa"] == 1 / 8 and shares["gqa2"] == 1 / 4
+
+
+def test_the_table_has_the_best_rate_of_each_length_and_the_loss_from_scratch(monkeypatch):
+    base = dict(name="MQA", attn="mqa", params=3_000_000, cache_bytes=64, cache_share=0.125, base_steps=100, target="mqa")
+    origin = dict(command="python experiments/study/conversion.py", commit="abcdefghij", device="x", versions=dict(torch="2"))
+    made = [base | origin | dict(steps=n, rate=r, val_loss=loss) for n, r, loss in ((0, 0, 5.0), (1, 0.1, 4.0), (1, 0.3, 3.5))]
+    results = plot.Results([])
+    monkeypatch.setattr(results, "trained", lambda study, arm: [dict(val_loss=3.0), dict(val_loss=3.2)])
+    (one,) = plot.converted(made, results)
+    assert one.losses == {0: 5.0, 1: 3.5} and one.scratch == pytest.approx(3.1)
+    cells = plot.conversion_part(made, results).splitlines()[2].split(" | ")
+    assert cells == ["| MQA", "64", "12.50%", "3.00M", "148.41", "33.12", "22.20 |"]
+    assert "abcdefg, `python experiments/study/conversion.py`" in plot.conversion_part(made, results)
+    assert plot.conversion_part([], results) == "Not made yet."
+    assert len(plot.conversion_plot(made, results).axes) == 1

@@ -63,6 +63,13 @@ TARGETS = {
     "mqa_all_turn": Target("MQA, all dimensions turn", "mqa", fields=dict(rope_fraction=1.0)),
 }
 
+# The arm of study "modern" that a target is compared with: the same attention from scratch, at
+# MHA's parameters. Its MFA has a query of rank C, where a converted one has what the query needs.
+SCRATCH = {
+    "mha": "mha", "gqa2": "gqa2", "mla_joint": "mla_joint", "mfa": "mfa", "mfa_kr": "mfa_kr_half",
+    "mqa": "mqa", "mqa_all_turn": "mqa",
+}  # fmt: skip
+
 
 @dataclass
 class Args:
