@@ -89,6 +89,7 @@ class Train:
     checkpoint_blocks: bool = False  # compute blocks twice instead of keeping what is in them
     compile: bool = False  # torch.compile: the default on a GPU; a CPU needs a C++ compiler
     threads: int = 0  # of a CPU; 0: as many as it has cores
+    log: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # beside metrics.jsonl
 
 
 # What each preset's recipe changes in the defaults above.

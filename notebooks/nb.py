@@ -59,7 +59,7 @@ OUTCOME: dict[int, bool] = {}  # of the exercises checked so far
 
 
 def exercises(notebook: str):
-    """check and hint for the exercises of a notebook, "01" to "07"."""
+    """check and hint for the exercises of a notebook, "01" to "08"."""
     known = REFERENCE[notebook]
 
     def hint(number: int) -> None:

@@ -59,6 +59,17 @@ def mla_std() -> float:
     return H * C * s**4 * math.sqrt((d + d_r / (C * s**2)) / (d + d_r))
 
 
+def means_of_turns() -> list[float]:
+    turns = torch.polar(torch.tensor(1.0), torch.tensor([1.0, 0.1, 0.01])[:, None] * torch.arange(8))
+    return turns.mean(1).abs().tolist()
+
+
+def shared_key() -> torch.Tensor:
+    number = torch.arange(4 * 6, dtype=torch.float64).view(4, 6)
+    U, s, Vh = torch.linalg.svd(torch.polar(1 + number % 3, number**2), full_matrices=False)
+    return torch.view_as_real(U[:, :1] * s[0] @ Vh[:1])
+
+
 REFERENCE = {
     "01": {
         1: Exercise(
@@ -115,5 +126,10 @@ REFERENCE = {
         3: Exercise(
             "one gain per matrix. The two parts add: d products with one std, d_r with another; variances add up.", mla_std
         ),
+    },
+    "08": {
+        1: Exercise("MHA: 2 n d numbers a layer. MLA: C + d_r. Bits and layers cancel.", lambda: 576 / 8192),
+        2: Exercise("the mean of eight complex numbers of size 1, at the angles 0, w, 2w ... 7w.", means_of_turns),
+        3: Exercise("keep the first singular value: U[:, :1] * s[0] @ Vh[:1].", shared_key),
     },
 }  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from mfa import GPT, Config, cache_bytes
 from support.cli import BadInput
 from support.files import name_the_file
+from support.log import Tracker
 from support.machine import Machine, attention_kernels
 from support.run_folder import (
     Run,
@@ -35,7 +36,7 @@ from support.tokenizers import start_of_text, tokenizer_from
 # Flags that a resumed run may change; a change of any other would make it another run.
 MAY_CHANGE = {
     "resume", "overwrite", "out", "data_dir", "plugin", "max_iters", "grad_accum", "eval_interval",
-    "log_interval", "device", "dtype", "compile", "threads", "shard", "checkpoint_blocks",
+    "log_interval", "device", "dtype", "compile", "threads", "shard", "checkpoint_blocks", "log",
 }  # fmt: skip
 
 
@@ -164,6 +165,9 @@ class Progress:
     @contextlib.contextmanager
     def begun(self, model: GPT, optimizer: torch.optim.Optimizer):
         """The first save, which is taken back where not even one step succeeds."""
+        if self.args.log != "none" and self.machine.first:
+            went_on = self.step if self.run.checkpoint else None
+            self.run.follow(Tracker(self.args.log, self.run.folder, plain(self.args), went_on))
         if not self.run.checkpoint:
             if self.args.plugin:
                 self.run.keep(self.args.plugin)

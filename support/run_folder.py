@@ -166,7 +166,7 @@ class Run:
             raise BadInput(f"cannot resume: {self.latest} is missing: {what}")
         found = self.resume and self.latest.is_file()
         self.checkpoint = load_checkpoint(self.latest) if found else None
-        self.at_end = contextlib.ExitStack()
+        self.at_end, self.tracker = contextlib.ExitStack(), None
 
     def __enter__(self) -> "Run":
         if self.writes:
@@ -202,11 +202,18 @@ class Run:
         keep = [line for line in lines if line.endswith("\n") and step_of(line) <= step]
         write_atomically(self.metrics, lambda file: file.write("".join(keep).encode()))
 
+    def follow(self, tracker) -> None:
+        """Sends each row of metrics.jsonl there too, until the run is left."""
+        self.tracker = tracker
+        self.at_end.callback(tracker.close)
+
     def log(self, **row) -> None:
         """A row of metrics.jsonl."""
         if self.writes:
             with name_the_file(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        if self.tracker:
+            self.tracker.log(**row)
 
     def save(self, state: dict, best: bool = False) -> None:
         """Writes latest.pt, and makes best.pt the same file if this is the best so far."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from mfa import PRESETS, Config
 from support.cli import BadInput
+from support.log import require_tracker
 from support.plugins import load_plugin, load_plugin_of
 from support.run_folder import Run, config_of, load_checkpoint
 from support.tokenizers import tokenizer_from
@@ -62,6 +63,8 @@ def check_flags(args: Any) -> None:
         raise BadInput(f"--min_lr {args.min_lr} {what}: give at most that, or the rate would climb")
     if not 0 <= args.beta2 < 1:
         raise BadInput(f"--beta2 must be in [0, 1), not {args.beta2}")
+    if args.log != "none":
+        require_tracker(args.log)
     if args.seed >= 2**32:
         raise BadInput(f"--seed must be less than 2^32, not {args.seed}")
 

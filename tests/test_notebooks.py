@@ -166,7 +166,7 @@ def test_hints_and_right_answers_are_out_of_sight(script):
         assert bool(in_the_open) == (exercise.right is None), compared
 
 
-@pytest.mark.parametrize("notebook", [f"{n:02}" for n in range(1, 8)])
+@pytest.mark.parametrize("notebook", [f"{n:02}" for n in range(1, 9)])
 def test_a_right_answer_can_be_worked_out_and_another_is_refused(notebook, capsys):
     import nb
     import torch

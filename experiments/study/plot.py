@@ -25,7 +25,7 @@ from experiments.bench import training as training_bench
 from experiments.paper.hybrids import HYBRIDS, measured_cache_bytes
 from experiments.paper.tables import FIGURE1_MLA
 from experiments.probes import copying, rounding
-from experiments.study import words
+from experiments.study import conversion, words
 from experiments.study.studies import (
     ADAMW_ARMS,
     BEST_KR,
@@ -608,7 +608,9 @@ def origin_of(rows: Iterable[dict]) -> str:
     """Where, and by which commands under their names of today, results were made."""
 
     def origin(row: dict) -> str:
-        script = re.sub(r"experiments/(?:probes/)?", "experiments/probes/", row["command"])
+        script = re.sub(
+            r"experiments/(?:probes/)?(?!study/)", "experiments/probes/", row["command"]
+        )
         made = f"torch {row['versions']['torch']}, commit {row['commit'][:7]}, `{script}`."
         return f"{row['device']}, {made}"
 
@@ -642,6 +644,54 @@ def rounding_part(rows: dict[tuple[str, float, str], dict]) -> str:
     head = ["", "peak lr", "gradient off by, median", "most", "its norm by, most"]
     head += ["range of scores, median", "loss, trained in float32", "in bfloat16"]
     return table(head, body) + "\n\n" + origin_of(rows.values())
+
+
+class Converted(NamedTuple):
+    """A target of conversion.py: losses[steps] are of the best rate, scratch is the loss of the
+    same attention trained from scratch, None where that was not made."""
+
+    name: str
+    attn: str
+    params: int
+    cache_bytes: int
+    cache_share: float
+    losses: dict[int, float]
+    scratch: float | None
+
+
+def converted(rows: list[dict], results: Results) -> list[Converted]:
+    """The targets in the order of their caches, largest first."""
+    found = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        mine = [row for row in rows if row["target"] == target]
+        losses = {}
+        for row in mine:
+            steps, loss = row["steps"], row["val_loss"]
+            losses[steps] = min(loss, losses.get(steps, loss))
+        arm = conversion.SCRATCH.get(target)
+        made = results.trained("modern", arm) if arm else []
+        scratch = statistics.mean(row["val_loss"] for row in made) if made else None
+        columns = (
+            mine[0][name] for name in ("name", "attn", "params", "cache_bytes", "cache_share")
+        )
+        found.append(Converted(*columns, dict(sorted(losses.items())), scratch))
+    return sorted(found, key=lambda one: -one.cache_bytes)
+
+
+def conversion_part(rows: list[dict], results: Results) -> str:
+    if not rows:
+        return "Not made yet."
+    body = []
+    for one in converted(rows, results):
+        sizes = [f"{one.cache_bytes:,}", f"{one.cache_share:.2%}", f"{one.params / 1e6:.2f}M"]
+        scratch = "not made" if one.scratch is None else f"{math.exp(one.scratch):.2f}"
+        body.append(
+            [one.name, *sizes, *(f"{math.exp(x):.2f}" for x in one.losses.values()), scratch]
+        )
+    steps = sorted({row["steps"] for row in rows})
+    head = ["", "cache, bytes per token", "of MHA's", "parameters", "perplexity, converted"]
+    head += [f"and {n:,} steps" for n in steps[1:]] + ["from scratch"]
+    return table(head, body) + "\n\n" + origin_of(rows)
 
 
 class Shape(NamedTuple):
@@ -1181,6 +1231,38 @@ def copying_plot(rows: dict[tuple[str, int], dict]) -> Figure:
     return figure
 
 
+def conversion_plot(rows: list[dict], results: Results) -> Figure:
+    """Perplexity against bytes of cache: converted, trained further, and from scratch (hollow)."""
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    ax, seen = figure.subplots(), []
+    for one in converted(rows, results):
+        x = one.cache_bytes * 1.07 ** seen.count(one.cache_bytes)  # side by side
+        seen.append(one.cache_bytes)
+        look, ppl = look_of(one.attn), [math.exp(loss) for loss in one.losses.values()]
+        ax.plot([x] * len(ppl), ppl, color=look["color"], linestyle=":", linewidth=1)
+        for size, y in enumerate(ppl):
+            name = one.name if size == len(ppl) - 1 else None
+            ax.plot(x, y, **look, linestyle="none", markersize=3 + 1.5 * size, label=name)
+        if one.scratch is not None:
+            hollow = dict(markerfacecolor="none", markersize=12, linestyle="none")
+            ax.plot(x, math.exp(one.scratch), **(look | hollow))
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ticks = sorted(set(seen))
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    shares = ", ".join(f"{share:.0%}" for share in conversion.SHARES)
+    figure.legend(
+        loc="outside right upper", fontsize=8, frameon=False, alignment="left", title_fontsize=8,
+        title=f"small to large: converted,\nand {shares} of the steps;\nhollow: from scratch",
+    )  # fmt: skip
+    ax.set_xlabel("bytes of cache per token (16 bit)")
+    ax.set_ylabel("perplexity")
+    ax.grid(alpha=0.3)
+    return figure
+
+
 PLOTS = {"figure1": figure1, "context": context, "figure3": figure3, "length": length}
 
 
@@ -1221,6 +1303,10 @@ def main(args: Args) -> None:
     parts["equal_time"] = equal_time_part(results, speeds)
     plots["words_plot"] = words_plot(results, measured)
     plots["equal_time_plot"] = equal_time_plot(results, speeds)
+    rows = conversion.read_results(args.results.with_name(conversion.RESULTS.name))
+    rows = [row for row in rows if row["dataset"] == dataset]
+    parts["convert"] = conversion_part(rows, results)
+    plots["convert"] = conversion_plot(rows, results) if rows else None
     if decode := read_json(args.results.with_name("decode.json")):
         parts["shapes"] = shapes_part(decode)
         parts["decode"] = decoding.grid_tables(decode)
