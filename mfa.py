@@ -835,7 +835,8 @@ class MFAKR(MFA):
 
     As a matrix, v_j = k_j M with M = I + N^T diag(alpha) for key_reuse "gated"; Table 4's steps to
     it are I ("vanilla"), N^T ("proj") and I + N^T ("residual"). M stands between the softmax and
-    O_c, so it acts on each head's output, once a query, instead of on every cached key.
+    O_c, so no cached key needs it: (y M) O_c^T = y (M O_c^T), where M multiplies what has fewer
+    rows, the outputs y of B T tokens (decoding) or O_c's H rows, once for all of them (training).
     DeepSeek-V4's core is "vanilla" and "inverse" with rope_fraction, q_rank, qk_norm, latent_norm.
     Paper: Eq. 8's N S_k does not conform; Eq. 9 does, with the gate on N's output. Whether the key
     is reused before or after its rotation is not said; key_reuse_rope is one of
@@ -880,16 +881,21 @@ class MFAKR(MFA):
     def output(self, y, pos):
         if self.key_reuse_rope == "inverse":
             y = self.rotate(y, -pos[:, None])  # (B, T, m, C)
-        return super().output(self.times_M(y), pos)  # (B, T, H)
+        B, T, m, C = y.shape
+        if B * T <= self.cfg.dim:
+            return super().output(self.times_M(y), pos)  # (B, T, H)
+        O = self.o.weight.unflatten(1, (m, C))  # (H, m, C)
+        O = self.times_M(O, transposed=True).flatten(1)  # (H, m*C)
+        return F.linear(y.flatten(2), O)  # (B, T, H)
 
-    def times_M(self, y: Tensor) -> Tensor:
-        """y M: (..., C) -> (..., C)."""
+    def times_M(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """x M, or x M^T: (..., C) -> (..., C). The identity stays out of the product: autocast
+        would round a small gate away."""
         if self.cfg.key_reuse == "vanilla":
-            return y
-        if self.cfg.key_reuse == "proj":
-            return self.n(y)
+            return x
         alpha = self.alpha if self.cfg.key_reuse == "gated" else 1
-        return y + alpha * self.n(y)
+        change = (x * alpha) @ self.n.weight if transposed else alpha * self.n(x)
+        return change if self.cfg.key_reuse == "proj" else x + change
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
         S_k = self.s_k.weight.mT  # (H, C)
