@@ -9,11 +9,10 @@ QK circuit W_c and writes with a VO circuit U_c:
 Vectors are rows, W_c and U_c are (H, H), scale is (query width)^-0.5. The attentions differ only
 in how they factor the two, and each class below says the same thing twice:
 
-    factorization formulation    form W_c and U_c, apply Eq. 1: the definition, slow
-                                 qk_circuit(), vo_circuit(), factorization(x)
-    inference formulation        multiply the same factors in the order that makes the cache
-                                 small: what trains, prefills and decodes
-                                 query(), to_cache(), from_cache(), output(), forward(x, cache)
+    factorization formulation   form W_c and U_c, apply Eq. 1: the definition, slow
+                                qk_circuit(), vo_circuit(), factorization(x)
+    inference formulation       multiply the same factors in the order that makes the cache small:
+                                query(), to_cache(), from_cache(), output(), forward(x, cache)
 
              W_c                       U_c                               cached per token and layer
     FPBA     W_c                       U_c                               2 H^2
@@ -23,19 +22,11 @@ in how they factor the two, and each class below says the same thing twice:
     MFA      S_q Q_c S_k^T             S_v O_c^T                         2 C
     MFA-KR   S_q Q_c S_k^T             S_k (I + N^T diag(alpha)) O_c^T   C
 
-From code to paper (the shapes in comments use the paper's letters, B for sequences, T for tokens,
-S for all tokens so far, r for the query rank, w for the width of a query or a key):
-
-    dim           H     residual width            q, k, v, o     Q_c, K_c, V_c, O_c: all heads in
-    n_head        n, m  query heads                              one nn.Linear, stacked on output
-    head_dim      d     head width                               rows of q, k, v and on input
-    n_kv_head     g     key/value heads of GQA                   columns of o
-    latent_dim    C     shared latent subspace    s_q, s_k, s_v  S_q, S_k, S_v, shared by all heads
-    rope_dim      d_r   MLA's rotary key          n, alpha       N and alpha of Eqs. 8-9
-    kv_cache      KV Cache of Table 1, in elements
-    rank, shared_dim, total_rank                  FRH, SLSD and TER of Table 1
-
-As a library:
+Config gives the paper's letter of each width: H, n or m, d, g, C, d_r. Weights are named after the
+paper's: s_q, s_k, s_v are S_q, S_k, S_v, shared by all heads; q, k, v, o are Q_c, K_c, V_c, O_c,
+all heads in one nn.Linear, stacked on the output rows of q, k, v and on the input columns of o;
+n and alpha are N and alpha of Eqs. 8-9. In the shapes of comments B is sequences, T tokens, S all
+tokens so far, r the query rank, w the width of a query or a key.
 
     cfg = Config(attn="mfa_kr", vocab_size=65, block_size=64, n_layer=2, dim=64, head_dim=16)
     model = GPT(cfg)
@@ -44,8 +35,7 @@ As a library:
     logits, _ = model(idx[:1], cache=cache)                  # the next call goes on from here
     text = model.generate(idx[:1], max_new_tokens=30, top_k=10)
     ATTENTION["mfa_kr"].counts(cfg).kv_cache                 # elements cached per token and layer
-    y = MFA(Config(dim=512, latent_dim=64))(x)               # (B, T, 512) -> (B, T, 512), in a
-                                                             # block of your own
+    y = MFA(Config(dim=512, latent_dim=64))(x)               # (B, T, 512), in a block of your own
 
 Where the paper is misprinted or silent, a line that begins "Paper:" says what is done here.
 """
@@ -77,7 +67,6 @@ def require_choice(cfg: "Config", name: str, choices) -> None:
 
 
 def require_least(cfg: "Config", least: int, *names: str) -> None:
-    """Each of the fields is at least `least`, 0 or 1."""
     words = "be at least 1" if least else "not be negative"
     for name in names:
         got = getattr(cfg, name)
@@ -86,12 +75,10 @@ def require_least(cfg: "Config", least: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that shapes a model; `Config(attn="mfa_kr")` is a small one.
+    """Everything that shapes a model. Each attention checks the fields it uses, and no others.
 
-    Fields that the chosen attention does not use are ignored; each attention checks its own. 0 in
-    n_head, latent_dim, q_rank, ffn_dim, init_std or vo_std means a default that is worked out on
-    use, so that `dataclasses.replace(cfg, attn="mha")` stays right. Raises ValueError, in one
-    sentence, when no model of this shape can exist.
+    0 in n_head, latent_dim, q_rank, ffn_dim, init_std or vo_std means a default, worked out on use,
+    so that `dataclasses.replace(cfg, attn="mha")` stays right. Raises ValueError, in one sentence.
     """
 
     attn: str = "mfa"  # fpba, mha, mqa, gqa, mla, mfa, mfa_kr or another name in ATTENTION
@@ -140,16 +127,14 @@ class Config:
         require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
         if self.pos == "rope":
             require(self.rope_base > 1, f"rope_base must be more than 1, not {self.rope_base}")
-            f = self.rope_fraction
-            require(0 < f <= 1, f"rope_fraction must be in (0, 1], not {f}")
+            fraction = self.rope_fraction
+            require(0 < fraction <= 1, f"rope_fraction must be in (0, 1], not {fraction}")
         if self.n_expert:
             k, E = self.n_expert_active, self.n_expert
             require_least(self, 1, "n_expert_active", "moe_ffn_dim")
             require(k <= E, f"n_expert_active {k} is more than n_expert {E}")
         ATTENTION[self.attn].check(self)
         ATTENTION[self.attn].counts(self)  # resolves the widths, so that a wrong one is told here
-
-    # The five defaults that depend on other fields.
 
     @property
     def heads(self) -> int:
@@ -179,11 +164,9 @@ class Config:
 
     @property
     def std(self) -> float:
-        """Std of the initial weights.
-
-        Paper: 0.02, at H = 2048. A score is a product of up to four matrices: at a tenth of that
+        """Paper: 0.02, at H = 2048. A score is a product of up to four matrices: at a tenth of that
         width 0.02 starts the factored attentions almost uniform, and they lose for that reason
-        alone. sqrt(2048 / H) keeps the size of scores and values. Notebook 07 takes the two apart.
+        alone. sqrt(2048 / H) keeps the size of scores and values (notebook 07).
         """
         return self.init_std or 0.02 * math.sqrt(2048 / self.dim)
 
@@ -231,9 +214,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
     """RoPE: each row of x (..., T, w) times R_pos, the rotation of its position in pos (T,).
 
-    pos is (T, 1) for x (..., T, n, w). Half-split: dimension i pairs with i + w/2 and turns by
-    pos * base^(-2i/w) radians. R_i R_j^T = R_(i-j), so a score of rotated rows depends on the
-    distance alone. Angles are never less than float32: bfloat16 cannot count to 300.
+    Half-split: dimension i pairs with i + w/2 and turns by pos * base^(-2i/w) radians. R_i R_j^T =
+    R_(i-j), so a score of rotated rows depends on the distance alone. pos is (T, 1) for x
+    (..., T, n, w). Angles are never less than float32: bfloat16 cannot count to 300.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
@@ -264,9 +247,8 @@ class KVCache:
     """What every token leaves behind in every layer: preallocated tensors, made for a model.
 
     layers[l] is a list of (B, heads, capacity, width), one for each of the attention's
-    cache_shapes, so numel() == n_layer * batch_size * capacity * counts(cfg).kv_cache. It is
-    handed to a model's calls and never kept on it. Attentions append; the model alone advances
-    `length`. model may be any module with attentions in it. dtype defaults to the weights'.
+    cache_shapes. It is handed to a model's calls and never kept on it. Attentions append; the model
+    alone advances `length`. model may be any module with attentions in it; dtype is its weights'.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, capacity: int, dtype=None):
@@ -277,22 +259,18 @@ class KVCache:
         message = f"the attentions of a model have layer=0, 1, 2 ..., each its own, not {numbers}"
         require(numbers == list(range(len(numbers))), message)
         weight = next(model.parameters())
-        like = dict(dtype=dtype or weight.dtype, device=weight.device)
-        self.layers = [
-            [torch.zeros(batch_size, n, capacity, width, **like) for n, width in attn.cache_shapes]
-            for attn in attentions
-        ]
+        self.layers = []
+        for attn in attentions:
+            shapes = [(batch_size, n, capacity, width) for n, width in attn.cache_shapes]
+            self.layers.append([weight.new_zeros(shape, dtype=dtype) for shape in shapes])
         self.batch_size, self.capacity, self.length = batch_size, capacity, 0
         self.writers: dict[int, Attention] = {}  # which attention a layer is of
 
     def append(self, attn: "Attention", new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Write T tokens' (B, heads, T, width) behind the first `length`; return all S of them.
-
-        They come back in the dtype of `new`.
-        """
+        """Write T tokens' (B, heads, T, width) behind the first `length`; return all S of them."""
         B, end = new[0].shape[0], self.length + new[0].shape[2]
-        what = f"the cache was made for a batch of {self.batch_size}"
-        require(B == self.batch_size, f"{what}, not {B}")
+        made_for = f"the cache was made for a batch of {self.batch_size}"
+        require(B == self.batch_size, f"{made_for}, not {B}")
         require(end <= self.capacity, f"the cache holds {self.capacity} tokens; {end} do not fit")
         first = self.writers.setdefault(attn.layer, attn)
         require(first is attn, f"two attentions have layer={attn.layer}: give each its own")
@@ -302,11 +280,9 @@ class KVCache:
         return tuple(tensor[:, :, :end].to(new[0].dtype) for tensor in cached)
 
     def numel(self) -> int:
-        """Elements allocated."""
         return sum(tensor.numel() for layer in self.layers for tensor in layer)
 
     def nbytes(self) -> int:
-        """Bytes allocated."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
 
@@ -355,31 +331,13 @@ def init_weights(module: nn.Module, cfg: Config, layer: int) -> None:
     """
     for name, p in module.named_parameters():
         leaf = name.removesuffix(".weight").split(".")[-1]
-        if leaf == "alpha":
-            nn.init.zeros_(p)
-        elif p.dim() == 1:
-            nn.init.ones_(p)  # RMSNorm
-        else:
-            std = cfg.vo_std or cfg.std if leaf in ("s_v", "v", "o", "U") else cfg.std
-            if leaf in ("o", "U", "w2"):
-                std = std / math.sqrt(2 * (layer + 1))
-            nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)  # the default +-2 cuts nothing
-
-
-def softmax_attention(q, k, v, mask: Tensor | None, dropout: float, causal: bool, scale: float):
-    """softmax(scale * q k^T + mask) v by PyTorch's kernels; g key/value heads serve n queries.
-
-    q (B, n, T, w), k (B, g, S, w), v (B, g, S, w_v) -> (B, n, T, w_v).
-    """
-    shared = k.shape[1] != q.shape[1]
-    if q.device.type not in ("cpu", "cuda"):
-        # enable_gqa may be missing there, and Apple's GPUs have misread tensors that are not
-        # contiguous (PyTorch's issues 163597 and 181133).
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        shared = False
-    options = dict(scale=scale, enable_gqa=shared)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, **options)
+        if p.dim() == 1:
+            nn.init.constant_(p, 0 if leaf == "alpha" else 1)  # 1: the gain of a norm
+            continue
+        std = cfg.vo_std or cfg.std if leaf in ("s_v", "v", "o", "U") else cfg.std
+        if leaf in ("o", "U", "w2"):
+            std = std / math.sqrt(2 * (layer + 1))
+        nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)  # the default +-2 cuts nothing
 
 
 class Attention(nn.Module):
@@ -387,11 +345,10 @@ class Attention(nn.Module):
 
     A variant gives
 
-        build(cfg)        its weights, `scale`, and `cache_shapes`: what one token leaves in the
-                          cache, a list of (heads, width)
-        counts(cfg)       its row of Table 1
-        query, to_cache, from_cache, output        the inference formulation
-        qk_circuit, vo_circuit                     the factorization formulation
+        build(cfg)     its weights, `scale`, and `cache_shapes`: (heads, width) of what is cached
+        counts(cfg)    its row of Table 1
+        query, to_cache, from_cache, output    the inference formulation
+        qk_circuit, vo_circuit                 the factorization formulation
 
     and may give check, default_heads and visible. examples/my_attention.py has two of 15 lines.
     """
@@ -435,6 +392,32 @@ class Attention(nn.Module):
         """May the query at position i see the key at j? (T, 1) and (S,) -> (T, S), bool."""
         return key <= query
 
+    # Positions, in both formulations
+
+    @staticmethod
+    def turned_width(cfg: Config, width: int) -> float:
+        """How many of a query's `width` dimensions turn: the last."""
+        return cfg.rope_fraction * width
+
+    def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
+        """x (..., T, w) at positions pos (T,), where the attention has rotary positions."""
+        if self.cfg.pos != "rope":
+            return x
+        still = x.shape[-1] - int(self.turned_width(self.cfg, x.shape[-1]))
+        if still == 0:
+            return rotate(x, pos, self.cfg.rope_base)
+        turned = rotate(x[..., still:], pos, self.cfg.rope_base)  # (..., T, w - still)
+        return torch.cat((x[..., :still], turned), dim=-1)  # (..., T, w)
+
+    def positions(self, cached: Tensor) -> Tensor:
+        """Of what the cache holds, (B, heads, S, width): (S,)."""
+        return torch.arange(cached.shape[2], device=cached.device)
+
+    def rotation(self, offset: int, like: Tensor, width: int) -> Tensor:
+        """R_offset as a (width, width) matrix: rotate(x, i) = x R_i. Without rope the identity."""
+        eye = torch.eye(width, dtype=like.dtype, device=like.device)
+        return self.rotate(eye, torch.full((width,), offset, device=like.device))
+
     # Inference formulation
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -458,11 +441,19 @@ class Attention(nn.Module):
         return self.o(y.flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        """Queries at positions pos (T,) on all keys so far: (B, n, T, w) -> (B, T, n, w_v)."""
+        """softmax(scale * q k^T + mask) v; g key/value heads serve n queries at positions pos (T,).
+
+        q (B, n, T, w), k (B, g, S, w), v (B, g, S, w_v) -> (B, T, n, w_v).
+        """
         mask = self.mask(q, k.shape[2], pos)
         causal = mask is None and q.shape[2] > 1
         dropout = self.cfg.dropout if self.training else 0.0
-        y = softmax_attention(q, k, v, mask, dropout, causal, self.scale)  # (B, n, T, w_v)
+        if q.device.type not in ("cpu", "cuda"):
+            # enable_gqa may be missing; Apple misreads strided tensors (PyTorch 163597, 181133).
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        how = dict(scale=self.scale, enable_gqa=k.shape[1] != q.shape[1])
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, **how)
         return y.transpose(1, 2)  # (B, T, n, w_v)
 
     def mask(self, q: Tensor, S: int, pos: Tensor) -> Tensor | None:
@@ -471,8 +462,8 @@ class Attention(nn.Module):
         None where SDPA's own is_causal does: it is aligned top left, so right only from an empty
         cache; and a single query sees all there is.
         """
-        T, windowed = q.shape[2], type(self).visible is not Attention.visible
-        if self.cfg.pos != "alibi" and not windowed and T in (1, S):
+        windowed = type(self).visible is not Attention.visible
+        if self.cfg.pos != "alibi" and not windowed and q.shape[2] in (1, S):
             return None
         key = torch.arange(S, device=q.device)  # (S,)
         seen = self.visible(pos[:, None], key)  # (T, S)
@@ -485,71 +476,35 @@ class Attention(nn.Module):
 
     def factorization(self, x: Tensor) -> Tensor:
         """Eq. 1 as it stands, position by position: (B, T, H) -> (B, T, H). Slow."""
-        self.check_bilinear()
         T = x.shape[1]
         pos = torch.arange(T, device=x.device)  # (T,)
-        W_of = functools.cache(self.qk_circuit)  # distance -> (n, H, H)
+        W = functools.cache(self.qk_circuit)  # distance -> (n, H, H)
         out = torch.zeros_like(x)
         for i in range(T):
             seen = [j for j in range(T) if self.visible(pos[i], pos[j])]
-            scores = torch.stack(
-                [torch.einsum("bh,chk,bk->bc", x[:, i], W_of(i - j), x[:, j]) for j in seen], dim=-1
-            )  # (B, n, seen)
-            scores = self.scale * scores
+            scores = [torch.einsum("bh,chk,bk->bc", x[:, i], W(i - j), x[:, j]) for j in seen]
+            scores = self.scale * torch.stack(scores, dim=-1)  # (B, n, seen)
             if self.cfg.pos == "alibi":
                 scores = scores + alibi(self.n_head, pos[i : i + 1], pos[seen], x.dtype)[:, 0]
-            p = scores.softmax(dim=-1)  # (B, n, seen)
-            for at, j in enumerate(seen):
-                U = self.vo_circuit(i, j)  # (n, H, H)
-                out[:, i] += torch.einsum("bc,bh,chk->bk", p[:, :, at], x[:, j], U)
+            weights = scores.softmax(dim=-1).unbind(dim=-1)  # each (B, n)
+            for p, j in zip(weights, seen, strict=True):
+                out[:, i] += torch.einsum("bc,bh,chk->bk", p, x[:, j], self.vo_circuit(i, j))
         return out
+
+    def o_heads(self) -> Tensor:
+        """O_c^T: (n, w, H)."""
+        return per_head(self.o.weight.mT, self.n_head).mT
 
     def check_bilinear(self) -> None:
         normed = any(isinstance(module, nn.RMSNorm) for module in self.modules())
         what = "latent_norm or qk_norm puts a norm between the factors: no longer bilinear"
         require(not normed, f"{what}, so there is no W_c")
 
-    # What variants are built from
-
-    @staticmethod
-    def turned_width(cfg: Config, width: int) -> float:
-        """How many of a query's `width` dimensions turn: the last."""
-        return cfg.rope_fraction * width
-
-    def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
-        """x (..., T, w) at positions pos (T,), where the attention has rotary positions."""
-        if self.cfg.pos != "rope":
-            return x
-        still = x.shape[-1] - int(self.turned_width(self.cfg, x.shape[-1]))
-        if still == 0:
-            return rotate(x, pos, self.cfg.rope_base)
-        turned = rotate(x[..., still:], pos, self.cfg.rope_base)  # (..., T, w - still)
-        return torch.cat((x[..., :still], turned), dim=-1)  # (..., T, w)
-
-    def build_qk_norm(self, width: int) -> None:
-        """A norm for each head's query and one for the keys, of gains shared by the heads."""
-        self.query_norm = rms_norm(width, self.cfg, self.cfg.qk_norm)
-        self.key_norm = rms_norm(width, self.cfg, self.cfg.qk_norm)
-
-    def positions(self, cached: Tensor) -> Tensor:
-        """Of what the cache holds, (B, heads, S, width): (S,)."""
-        return torch.arange(cached.shape[2], device=cached.device)
-
-    def rotation(self, offset: int, like: Tensor, width: int) -> Tensor:
-        """R_offset as a (width, width) matrix: rotate(x, i) = x R_i. Without rope the identity."""
-        eye = torch.eye(width, dtype=like.dtype, device=like.device)
-        return self.rotate(eye, torch.full((width,), offset, device=like.device))
-
-    def o_heads(self) -> Tensor:
-        """O_c^T: (n, w, H)."""
-        return per_head(self.o.weight.mT, self.n_head).mT
-
 
 class FPBA(Attention):
     """Fully Parameterized Bilinear Attention (Section 2.1): a full W_c and U_c for each channel."""
 
     uses, rotary, can_norm = (), "dim", False
-    LIMIT = 16e9  # bytes of weights beyond which a mistake is likelier than a wish
 
     @classmethod
     def check(cls, cfg):
@@ -563,9 +518,9 @@ class FPBA(Attention):
 
     def build(self, cfg):
         H = cfg.dim
-        size = 2 * H**3 * cfg.n_layer * torch.get_default_dtype().itemsize
-        fits = size <= self.LIMIT or torch.empty(0).device.type == "meta"
+        size = 2 * H**3 * cfg.n_layer * torch.get_default_dtype().itemsize  # bytes
         what = f"fpba at dim {H} and n_layer {cfg.n_layer} takes {size / 1e9:,.0f} GB"
+        fits = size < 16e9 or torch.get_default_device().type == "meta"
         require(fits, f"{what}: make dim smaller")
         self.W = nn.Parameter(torch.empty(H, H, H))  # W_c
         self.U = nn.Parameter(torch.empty(H, H, H))  # U_c
@@ -598,8 +553,8 @@ class FPBA(Attention):
 class MHA(Attention):
     """Multi-Head Attention (Eqs. 2-3): W_c = Q_c K_c^T, U_c = V_c O_c^T."""
 
-    @classmethod
-    def kv_heads(cls, cfg: Config) -> int:
+    @staticmethod
+    def kv_heads(cfg: Config) -> int:
         """g, the key/value heads."""
         return cfg.heads
 
@@ -610,7 +565,8 @@ class MHA(Attention):
         self.k = linear(H, g * d)
         self.v = linear(H, g * d)
         self.o = linear(n * d, H)
-        self.build_qk_norm(d)
+        self.query_norm = rms_norm(d, cfg, cfg.qk_norm)
+        self.key_norm = rms_norm(d, cfg, cfg.qk_norm)
         self.scale = d**-0.5
         self.cache_shapes = [(g, d), (g, d)]
 
@@ -625,23 +581,19 @@ class MHA(Attention):
         return self.rotate(q, pos)
 
     def to_cache(self, x, pos):
-        k = self.key_norm(split_heads(self.k(x), self.g))  # (B, g, T, d)
-        k = self.rotate(k, pos)
+        k = self.rotate(self.key_norm(split_heads(self.k(x), self.g)), pos)  # (B, g, T, d)
         v = split_heads(self.v(x), self.g)  # (B, g, T, d)
         return k, v
 
     def qk_circuit(self, offset: int = 0) -> Tensor:
         self.check_bilinear()
         Q = per_head(self.q.weight, self.n_head)  # (n, H, d)
-        K = self.for_each_query_head(self.k.weight)  # (n, H, d)
+        K = per_head(self.k.weight, self.g).repeat_interleave(self.n_head // self.g, dim=0)
         return Q @ self.rotation(offset, Q, self.cfg.head_dim) @ K.mT  # (n, H, H)
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
-        return self.for_each_query_head(self.v.weight) @ self.o_heads()  # (n, H, H)
-
-    def for_each_query_head(self, weight: Tensor) -> Tensor:
-        """K_c or V_c of each query head, which is its group's: (g*d, H) -> (n, H, d)."""
-        return per_head(weight, self.g).repeat_interleave(self.n_head // self.g, dim=0)
+        V = per_head(self.v.weight, self.g).repeat_interleave(self.n_head // self.g, dim=0)
+        return V @ self.o_heads()  # (n, H, H)
 
 
 class GQA(MHA):
@@ -655,16 +607,16 @@ class GQA(MHA):
         n, g = cfg.heads, cfg.n_kv_head
         require(n % g == 0, f"n_head {n} must be a multiple of n_kv_head {g}")
 
-    @classmethod
-    def kv_heads(cls, cfg):
+    @staticmethod
+    def kv_heads(cfg):
         return cfg.n_kv_head
 
 
 class MQA(MHA):
     """Multi-Query Attention: all heads share one key and one value."""
 
-    @classmethod
-    def kv_heads(cls, cfg):
+    @staticmethod
+    def kv_heads(cfg):
         return 1
 
 
@@ -672,10 +624,9 @@ class MLA(Attention):
     """Multi-head Latent Attention (Eqs. 4-5): W_c = S_q Q_c K_c^T S_k^T, U_c = S_v V_c O_c^T.
 
     The latents are cached. R_(i-j) would stand between Q_c and K_c^T, and K_c could no longer be
-    absorbed into the query; so under rope the position goes through d_r further dimensions,
-    S_q Q'_c R_(i-j) K_r^T, with one rotary key K_r for all heads. joint_kv: one latent S_kv for
-    keys and values. compress_query=False: Q_c and Q'_c are (H, .), straight from x. Decoding with
-    K_c and V_c absorbed is a matter of speed: support/decode.py.
+    absorbed into the query (support/decode.py does that); so under rope the position goes through
+    d_r further dimensions, S_q Q'_c R_(i-j) K_r^T, with one rotary key K_r for all heads. joint_kv:
+    one latent S_kv for keys and values. compress_query=False: Q_c and Q'_c are straight from x.
     """
 
     rotary, can_norm = "rope_dim", False
@@ -689,9 +640,8 @@ class MLA(Attention):
         if cfg.pos == "rope":
             require_least(cfg, 1, "rope_dim")
         super().check(cfg)
-        separate = cfg.latent_norm and not cfg.joint_kv
         what = "latent_norm of mla needs joint_kv: it has no place on separate latents"
-        require(not separate, what)
+        require(cfg.joint_kv or not cfg.latent_norm, what)
 
     def build(self, cfg):
         H, m, d, C = cfg.dim, cfg.heads, cfg.head_dim, cfg.latent
@@ -728,10 +678,8 @@ class MLA(Attention):
         d_r = cfg.rope_dim if cfg.pos == "rope" else 0
         r = cfg.query_rank if cfg.compress_query else H
         params = H * (n_latent * C + d_r + m * d) + 2 * C * m * d + r * m * (d + d_r)
-        if cfg.compress_query:
-            params += H * r
-        if cfg.latent_norm:
-            params += C + (r if cfg.compress_query else 0)
+        params += cfg.compress_query * H * r
+        params += cfg.latent_norm * (C + cfg.compress_query * r)
         rank = min(d, C, r, H)
         return Counts(n_latent * C + d_r, params, m, rank, min(C, H, m * rank), m * rank)
 
@@ -795,7 +743,8 @@ class MFA(Attention):
         self.q_norm = rms_norm(r, cfg, cfg.latent_norm)
         self.q = linear(r, m * C)
         self.o = linear(m * C, H)
-        self.build_qk_norm(C)
+        self.query_norm = rms_norm(C, cfg, cfg.qk_norm)
+        self.key_norm = rms_norm(C, cfg, cfg.qk_norm)
         self.scale = C**-0.5
         self.build_value(cfg)
 
@@ -835,8 +784,8 @@ class MFAKR(MFA):
 
     As a matrix, v_j = k_j M with M = I + N^T diag(alpha) for key_reuse "gated"; Table 4's steps to
     it are I ("vanilla"), N^T ("proj") and I + N^T ("residual"). M stands between the softmax and
-    O_c, so it acts on each head's output, once a query, instead of on every cached key.
-    DeepSeek-V4's core is "vanilla" and "inverse" with rope_fraction, q_rank, qk_norm, latent_norm.
+    O_c, so no cached key needs it. DeepSeek-V4's core is "vanilla" and "inverse" with
+    rope_fraction, q_rank, qk_norm, latent_norm.
     Paper: Eq. 8's N S_k does not conform; Eq. 9 does, with the gate on N's output. Whether the key
     is reused before or after its rotation is not said; key_reuse_rope is one of
 
@@ -858,8 +807,7 @@ class MFAKR(MFA):
         if cfg.key_reuse == "gated":
             self.alpha = nn.Parameter(torch.empty(C))
         self.cache_shapes = [(1, C)]
-        # Without rope the three are one.
-        self.key_reuse_rope = cfg.key_reuse_rope if cfg.pos == "rope" else "pre"
+        self.key_reuse_rope = cfg.key_reuse_rope if cfg.pos == "rope" else "pre"  # all alike
 
     @staticmethod
     def counts(cfg):
@@ -878,18 +826,22 @@ class MFAKR(MFA):
         return k, v  # (B, 1, S, C) twice
 
     def output(self, y, pos):
+        """(y M) O_c^T = y (M O_c^T): M multiplies what has fewer rows, B T tokens or O_c's H."""
         if self.key_reuse_rope == "inverse":
             y = self.rotate(y, -pos[:, None])  # (B, T, m, C)
-        return super().output(self.times_M(y), pos)  # (B, T, H)
+        B, T, m, C = y.shape
+        if B * T <= self.cfg.dim:  # decoding
+            return super().output(self.times_M(y), pos)  # (B, T, H)
+        O = self.times_M(self.o.weight.unflatten(1, (m, C)), transposed=True)  # (H, m, C)
+        return F.linear(y.flatten(2), O.flatten(1))  # (B, T, H)
 
-    def times_M(self, y: Tensor) -> Tensor:
-        """y M: (..., C) -> (..., C)."""
+    def times_M(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """x M, or x M^T. I stays out of the product: autocast would round a small gate away."""
         if self.cfg.key_reuse == "vanilla":
-            return y
-        if self.cfg.key_reuse == "proj":
-            return self.n(y)
+            return x
         alpha = self.alpha if self.cfg.key_reuse == "gated" else 1
-        return y + alpha * self.n(y)
+        change = (x * alpha) @ self.n.weight if transposed else alpha * self.n(x)
+        return change if self.cfg.key_reuse == "proj" else x + change
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
         S_k = self.s_k.weight.mT  # (H, C)
@@ -919,8 +871,7 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE's layer: a token visits its top-k routed experts, weighted by softmax, and the
-    shared expert.
+    """DeepSeekMoE's layer: the shared expert, and the top-k routed ones, weighted by softmax.
 
     After a forward pass `load` (E,) holds the share of the visits that each expert got, and
     `balance` the expert-level loss E * sum_i load_i * (mean router probability of i): 1 if even.
@@ -930,7 +881,7 @@ class MoE(nn.Module):
         super().__init__()
         self.k, self.load, self.balance = cfg.n_expert_active, None, None
         self.router = linear(cfg.dim, cfg.n_expert)
-        experts = [SwiGLU(cfg.dim, cfg.moe_ffn_dim) for _ in range(cfg.n_expert)]
+        experts = (SwiGLU(cfg.dim, cfg.moe_ffn_dim) for _ in range(cfg.n_expert))
         self.experts = nn.ModuleList(experts)
         self.shared = SwiGLU(cfg.dim, cfg.shared_ffn_dim) if cfg.shared_ffn_dim else None
 
@@ -966,7 +917,7 @@ class Block(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Drawing a token
+# The language model
 
 
 def check_ids(idx: Tensor, vocab_size: int) -> None:
@@ -977,7 +928,6 @@ def check_ids(idx: Tensor, vocab_size: int) -> None:
 
 
 def check_sampling(n: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """ValueError if n tokens cannot be drawn so."""
     what = f"temperature must be 0 (greedy) or positive, not {temperature}"
     require(0 <= temperature < math.inf, what)
     require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
@@ -1024,10 +974,6 @@ def evaluating(model: nn.Module):
         model.train(training)
 
 
-# --------------------------------------------------------------------------------------------------
-# The language model
-
-
 class GPT(nn.Module):
     """A decoder-only language model around any of the attentions."""
 
@@ -1049,9 +995,8 @@ class GPT(nn.Module):
         """Logits (B, T, vocab_size) of token ids idx (B, T), and the loss, or None without targets.
 
         The loss is the mean cross-entropy in nats over the targets (B, T) other than -1; in
-        training, MoE's balance loss is added. Raises ValueError for ids outside the vocabulary
-        (not checked on a GPU, which would have to wait for the answer), for more than block_size
-        tokens, and for a cache that is full or of another batch size.
+        training, MoE's balance loss is added. Raises ValueError for ids outside the vocabulary (not
+        on a GPU, which would have to wait), more than block_size tokens, and a cache that is full.
         """
         logits = self.head(self.hidden(idx, cache))  # (B, T, vocab_size)
         if targets is None:
@@ -1087,10 +1032,9 @@ class GPT(nn.Module):
                  generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
         """The prompt idx (B, T) and what is drawn after it: (B, T + max_new_tokens).
 
-        When the context has reached block_size it starts anew from its last block_size / 2 tokens,
-        with or without the cache: use_cache changes the speed alone. See draw for temperature,
-        top_k and top_p. Raises ValueError where one of them, or the prompt, cannot be used.
-        sample.py has a version that streams, stops, and decodes faster.
+        When the context has reached block_size it starts anew from its last block_size / 2 tokens.
+        use_cache changes the speed alone. See draw for temperature, top_k and top_p; ValueError if
+        one of them, or the prompt, cannot be used. sample.py streams, stops, and decodes faster.
         """
         limit, T = self.cfg.block_size, idx.shape[1]
         check_sampling(max_new_tokens, temperature, top_k, top_p)

@@ -86,6 +86,50 @@ def test_key_reuse_is_equation_9_with_shapes_that_conform(reuse):
     assert difference(attn.vo_circuit(), torch.einsum("ch,kmc->mhk", M @ W_K, O)) < 1e-12
 
 
+def outputs_and_gradients(attn, batches):
+    """The batches' outputs, each computed by itself, and what the parameters get from them."""
+    outputs = torch.cat([attn(x) for x in batches])
+    return outputs, torch.autograd.grad(outputs.square().sum(), list(attn.parameters()))
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reuse", KEY_REUSE)
+def test_m_on_the_outputs_or_on_o_is_the_same(reuse, reading):
+    """M multiplies what has fewer rows: 7 tokens are fewer than dim 22, 4 sequences of them are more."""
+    attn, on_outputs = attention(f"mfa_kr {reuse} {reading}"), []
+    attn.o.register_forward_hook(lambda *_: on_outputs.append(True))
+    x = states(attn.cfg, B=4, T=7)
+    folded, gradients = outputs_and_gradients(attn, [x])
+    assert not on_outputs
+    apart, expected = outputs_and_gradients(attn, x.split(1))
+    assert len(on_outputs) == 4
+    assert difference(folded, apart) < 1e-12
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert difference(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reuse", KEY_REUSE)
+def test_a_token_decoded_with_m_on_its_output_is_that_of_the_folded_pass(reuse, reading):
+    attn = attention(f"mfa_kr {reuse} {reading}")
+    x, cache = states(attn.cfg, B=2, T=13), KVCache(attn, 2, 13)  # 26 rows, then 2
+    attn(x[:, :12], cache)
+    cache.length = 12
+    assert difference(attn(x[:, 12:], cache), attn(x)[:, 12:]) < 1e-12
+
+
+def test_a_gate_too_small_for_bfloat16_is_folded_into_o_without_loss_under_autocast():
+    """1 + 2^-20 is 1 in bfloat16: a product with M as one matrix would lose the gate."""
+    attn = attention("mfa_kr gated pre", "none").float()
+    torch.nn.init.constant_(attn.alpha, 2**-20)
+    with torch.autocast("cpu", torch.bfloat16):
+        O = attn.o.weight.unflatten(1, (attn.n_head, -1)).detach()  # (H, m, C)
+        folded = attn.times_M(O, transposed=True)
+    expected = O + 2**-20 * (O @ attn.n.weight)
+    assert folded.dtype == torch.float32 and not torch.equal(folded, O)
+    assert difference(folded - O, expected - O) < 0.2  # a product in bfloat16, a sum in float32
+
+
 @every_position
 @every_case
 def test_scores_are_scaled_by_the_width_of_a_query(case, pos):
