@@ -186,7 +186,7 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
     if found:
         study = f"validation, {setting(found[0].rows[0])}; ± over three seeds, else one seed"
         heads = "MHA has 8 heads of d = 64 here, so MQA keeps an eighth; in the drawing it has 16"
-        cache = "The cache is a share of MHA's, C the width of MFA's latent"
+        cache = "The cache is a share of MHA's"
         lines.append(f"Perplexity: {study}. {cache}. {heads}.")
     if decode["rows"]:
         shape = "the paper's 1B shape, the same attention and share, but all rotated, no norm"

@@ -51,11 +51,22 @@ INSTEAD = {
 NOT_RUN = {
     "pip install -e .": "the copy is put on PYTHONPATH; .ci/run installs",
     'pip install -e ".[dev]"': ".ci/run does it",
+    'pip install -e ".[hub]"': ".ci/run does it",
+    "python experiments/export.py --checkpoint shipped-mfa_kr --to out/hf": "needs the extra hub; tests/test_export.py does it",
+    "python experiments/import_llama.py --folder FOLDER --out out/llama": "needs a Llama; tests/test_import_llama.py makes small ones",
+    "python experiments/harness.py --file blimp.jsonl.xz --to out/blimp": "needs BLiMP; tests/test_harness.py has a few pairs",
+    "lm_eval --model hf --model_args pretrained=out/hf,trust_remote_code=True --include_path out/blimp --tasks blimp_local":
+        "needs the extra hub; tests/test_harness.py does it from Python",
+    "lm_eval --model hf --model_args pretrained=out/hf,trust_remote_code=True --tasks "
+    "bbh,mmlu,hellaswag,winogrande,boolq,piqa,social_iqa,sciq,openbookqa,ruler": "downloads",
+    "python experiments/study/words.py --checkpoint FILE --blimp FILE": "tests/test_words.py does it with a few pairs",
+    "python experiments/bench/equal_time.py": "needs a GPU; tests/test_equal_time.py runs it at toy size",
+    "torchrun --nproc_per_node=2 experiments/bench/sharding.py": "needs GPUs; tests/test_sharding_bench.py runs it at toy size",
     "pip install .": "the same but for what may be edited",
     "python -m pytest": ".ci/run does it, or you do",
     "python train.py --preset small --tokenizer gpt2 --dataset wikitext-2": "a download; the next one runs with other text",
-    "torchrun --nnodes=8 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py --preset small "
-    "--tokenizer gpt2 --dataset wikitext-2 --grad_accum 1 --resume": "needs eight machines",
+    "torchrun --nnodes=8 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py --preset paper-7b "
+    "--tokenizer gpt2 --dataset wikitext-2 --shard --checkpoint_blocks --grad_accum 7 --resume": "needs eight machines",
     "python experiments/bench/training.py --nanogpt FOLDER --part small": "needs a checkout of nanoGPT and a GPU",
     "python experiments/study/run.py --study all --source DIR": "needs the text of pg-books, and hours of a GPU",
     "python experiments/study/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
@@ -180,7 +191,7 @@ def test_a_command_works(command, ran):
 # `python x.py --flags`, but for notebooks/build.py, which is run and has no run_command
 PROGRAM = re.compile(r"(?:python|uv run|torchrun .*?) ((?:experiments/(?:\w+/)?)?\w+\.py.*)")
 OTHERWISE = [c for c in EACH_ONCE if PROGRAM.match(c) and (c in NOT_RUN or any(shown in c for shown in INSTEAD))]
-FLAGS = {"train": "Train", "sample": "Sample", "training": "Bench"}  # the class of a program's flags, where it is not Args
+FLAGS = {"train": "Train", "sample": "Sample", "training": "Bench", "sharding": "Bench"}  # the class of a program's flags, where it is not Args
 
 
 @pytest.mark.parametrize("command", OTHERWISE)
