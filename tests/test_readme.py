@@ -62,7 +62,7 @@ NOT_RUN = {
     "bbh,mmlu,hellaswag,winogrande,boolq,piqa,social_iqa,sciq,openbookqa,ruler": "downloads",
     "python experiments/study/words.py --checkpoint FILE --blimp FILE": "tests/test_words.py does it with a few pairs",
     "python experiments/bench/equal_time.py": "needs a GPU; tests/test_equal_time.py runs it at toy size",
-    "torchrun --nproc_per_node=2 experiments/bench/sharding.py": "needs GPUs; tests/test_sharding_bench.py runs it at toy size",
+    "python experiments/bench/sharding.py --processes 2 --preset small --shard": "needs GPUs; tests/test_sharding_bench.py runs it at toy size",
     "pip install .": "the same but for what may be edited",
     "python -m pytest": ".ci/run does it, or you do",
     "python train.py --preset small --tokenizer gpt2 --dataset wikitext-2": "a download; the next one runs with other text",
