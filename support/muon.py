@@ -5,7 +5,7 @@ CUDA graph. Here matrices of one shape are stacked and take their steps together
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -128,17 +128,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """closure: of PyTorch's signature, not used."""
         for group in self.param_groups:
-            alike = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike[p.shape].append(p)
-            for params in alike.values():
-                k = max(1, AT_ONCE // params[0].numel())
-                for first in range(0, len(params), k):
-                    self.step_together(params[first : first + k], group)
+            params = [p for p in group["params"] if p.grad is not None]
+            for some in at_most(params, AT_ONCE):
+                self.step_together(some, group)
 
     def step_together(self, params: list[Tensor], group: dict) -> None:
-        """One step of parameters that have one shape."""
+        """One step of some parameters. Those of one shape are orthogonalized together."""
         lr, momentum, n = group["lr"], group["momentum"], group["heads"]
         for p in params:
             if not self.state[p]:
@@ -147,13 +142,31 @@ class Muon(torch.optim.Optimizer):
         grads = [local(p.grad) for p in params]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, averages, momentum)  # Nesterov
-        whole = heads_apart(gather(torch.stack(ahead), params[0]), n)  # (k, ..., r, c)
-        direction = orthogonalize_at_once(whole)
-        length = 0.2 * max(whole.shape[-2:]) ** 0.5
-        steps = keep(heads_together(direction * (-lr * length), n), params[0])
+        alike = defaultdict(list)
+        for i, p in enumerate(params):
+            alike[p.shape].append(i)
+        steps = {}
+        for which in alike.values():
+            like, some = params[which[0]], torch.stack([ahead[i] for i in which])
+            whole = heads_apart(gather(some, like), n)  # (k, ..., r, c)
+            length = 0.2 * max(whole.shape[-2:]) ** 0.5
+            direction = orthogonalize_at_once(whole) * (-lr * length)
+            steps |= zip(which, keep(heads_together(direction, n), like), strict=True)
         params = [local(p) for p in params]
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, steps.unbind())
+        torch._foreach_add_(params, [steps[i] for i in range(len(params))])
+
+
+def at_most(params: list[Tensor], numbers: int) -> Iterator[list[Tensor]]:
+    """The parameters in order, so many at a time that they have that many numbers, or one."""
+    some, size = [], 0
+    for p in params:
+        if some and size + p.numel() > numbers:
+            yield some
+            some, size = [], 0
+        some, size = [*some, p], size + p.numel()
+    if some:
+        yield some
 
 
 class Both:

@@ -2,7 +2,7 @@
 
     python experiments/bench/training.py --nanogpt FOLDER
 
-FOLDER is a checkout of karpathy/nanoGPT. Five parts, each with its entry in
+FOLDER is a checkout of karpathy/nanoGPT. Six parts, each with its entry in
 experiments/results/train.json:
 
     small    124M parameters, 32 x 1024 tokens a step, compiled, random tokens: steps of nanoGPT, of
@@ -15,6 +15,7 @@ experiments/results/train.json:
     cpu      nanoGPT's recipe for a CPU against our tiny preset: seconds to 1.88, whole commands
     steps    on a CPU, tokens/s at nanoGPT's own size and batch, steps in turn, with and without
              torch.compile
+    muon     what Muon adds to AdamW's step of the presets small and baby, in turn
 """
 
 import importlib
@@ -34,6 +35,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -53,7 +55,15 @@ from support.files import write_atomically
 from support.machine import Machine, attention_kernels, pick_device
 from support.provenance import ROOT, provenance, read_json
 from support.tokenizers import tokenizer_from
-from train import Train, make_optimizer, match_params, mha_of, set_learning_rate, train_step
+from train import (
+    RECIPES,
+    Train,
+    make_optimizer,
+    match_params,
+    mha_of,
+    set_learning_rate,
+    train_step,
+)
 
 RESULTS = ROOT / "experiments" / "results" / "train.json"
 # nanoGPT's README, "I only have a macbook"
@@ -68,8 +78,8 @@ class Bench:
     """Training speed and quality beside nanoGPT in the same run."""
 
     nanogpt: Path  # a checkout of karpathy/nanoGPT
-    part: Literal["small", "baby", "seeds", "cpu", "steps"] = "cpu"
-    """What to measure: small, baby and seeds want a GPU, cpu and steps two quiet cores."""
+    part: Literal["small", "baby", "seeds", "cpu", "steps", "muon"] = "cpu"
+    """What to measure: cpu and steps want two quiet cores, the others a GPU."""
     source: Path | None = None  # tinyshakespeare's text, where it cannot be downloaded
     data_dir: Path = DATA  # where prepared corpora are kept
     results: Path = RESULTS  # the file to add to
@@ -503,6 +513,33 @@ def steps(args: Bench) -> dict:
     return {"threads": torch.get_num_threads(), "rows": rows}
 
 
+def muon(args: Bench) -> dict:
+    """Steps with either optimizer, on the same model.
+
+    small's recipe takes a step after 16 pieces of a batch: one piece is timed, and share counts 16.
+    """
+    rounds = (2, 2) if args.smoke else (9, 20)
+    rows: dict[str, dict] = {}
+    for name, attn in itertools.product(("small", "baby"), ("mha", "mfa", "mfa_kr")):
+        pieces = RECIPES[name].get("grad_accum", 1)
+        batch = 2 if args.smoke else RECIPES[name]["batch_size"] // pieces
+        toy = dict(n_layer=2, dim=64, head_dim=16, ffn_dim=172, vocab_size=100, block_size=32)
+        cfg = match_params(preset(name, attn, dropout=0.0, **(toy if args.smoke else {})))
+        with Machine() as machine, attention_kernels(machine.device):
+            adamw = our_step(cfg, batch, machine, compile=machine.device.type == "cuda")
+            other = copy(adamw)
+            other.optimizer = make_optimizer(adamw.model, Train(model=cfg, optimizer="muon"))
+            set_learning_rate(other.optimizer, 1e-5)
+            for step in (adamw, other) * 5:
+                step()
+            ms = in_turn(dict(adamw=adamw, muon=other), machine.device, *rounds)
+        added = (ms["muon"] - ms["adamw"]) / (pieces * ms["adamw"])
+        rows[f"{name}, {attn}"] = dict(ms=ms, batch=batch, pieces=pieces, share=added)
+        print(f"{name}, {attn}: {ms}, {added:.1%} of a step", flush=True)
+        store(args, "muon", {"rows": rows})
+    return {"rows": rows}
+
+
 # --------------------------------------------------------------------------------------------------
 # What is shown
 
@@ -515,6 +552,7 @@ def table(results: dict, least_seeds: int = 1) -> str:
         seeds=lambda part: seeds_table(part, least_seeds),
         cpu=cpu_table,
         steps=steps_table,
+        muon=muon_table,
     )
     lines = []
     for part, lines_of in tables.items():
@@ -612,6 +650,16 @@ def steps_table(part: dict) -> list[str]:
     return lines
 
 
+def muon_table(part: dict) -> list[str]:
+    lines = [f"Muon beside AdamW, {part['device']}, in turn:", ""]
+    lines += ["| | sequences | ms, AdamW | ms, Muon | Muon adds, of the recipe's step |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, row in part["rows"].items():
+        ms = f"{row['ms']['adamw']:.2f} | {row['ms']['muon']:.2f}"
+        lines.append(f"| {name} | {row['batch']} | {ms} | {row['share']:.1%} |")
+    return lines
+
+
 def main(args: Bench) -> None:
     if not (args.nanogpt / "config" / "train_shakespeare_char.py").is_file():
         what = "is not a checkout of nanoGPT: git clone https://github.com/karpathy/nanoGPT"
@@ -620,8 +668,8 @@ def main(args: Bench) -> None:
     require_other_results(args, RESULTS)
     require_at_least_1(args, "seeds")
     with tempfile.TemporaryDirectory() as temporary:
-        if args.part in ("small", "steps"):
-            found = (small if args.part == "small" else steps)(args)
+        if args.part in ("small", "steps", "muon"):
+            found = dict(small=small, steps=steps, muon=muon)[args.part](args)
         else:
             source = args.source and str(args.source)
             folder = prepare("tinyshakespeare", source=source, data_dir=args.data_dir)
