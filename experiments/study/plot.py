@@ -996,10 +996,9 @@ PANELS = {
         "mla_joint": ("MLA, joint", "below"),
         "mqa": ("MQA", "right"),
         "mfa": ("MFA", "left"),
-        "mfa_half": ("MFA, wider query", "below"),
         "mfa_kr": ("MFA-KR, pre", "right"),
         "mfa_kr_half_norm": ("MFA-KR, inverse,\nhalf rotated, qk_norm", "above"),
-        "mqa_16": ("MQA, 16 heads", "left"),
+        "mqa_16": ("MQA, 16 narrower heads", "right"),
     }),
     "AdamW, the paper's 18.5 a parameter": ("ratio", {
         "adamw_mha": ("MHA", "above"),
