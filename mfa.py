@@ -105,7 +105,7 @@ class Config:
     compress_query: bool = True  # mla: queries from a latent; False: from x (DeepSeek-V2-Lite)
     latent_norm: bool = False  # RMSNorm on query latents and mla's joint latent (Step-3, DeepSeek)
     key_reuse: str = "gated"  # mfa_kr: gated, or Table 4's steps vanilla, proj, residual
-    key_reuse_rope: str = "pre"  # mfa_kr: pre, post or inverse, see MFAKR
+    key_reuse_rope: str = "pre"  # mfa_kr: values before RoPE (pre), after (post), undone (inverse)
     init_std: float = 0.0  # std of the weights at the start; 0: 0.02 * sqrt(2048 / dim)
     vo_std: float = 0.0  # that of the values and outputs (V, O; S_v; U); 0: as the others
     n_expert: int = 0  # routed experts; 0: dense FFNs
@@ -224,6 +224,7 @@ def rotate(x: Tensor, pos: Tensor, base: float) -> Tensor:
     angle = pos.to(wide)[..., None] * torch.cat((-frequency, frequency))  # (T, w)
     # One tensor of both, or torch.compile would take every element's cosine anew.
     cos, sin = torch.cat((angle.cos(), angle.sin()), dim=-1).chunk(2, dim=-1)  # (T, w) twice
+    # The halves (a, b) of a row become (a cos - b sin, b cos + a sin).
     return torch.addcmul(x * cos, x.roll(half, dims=-1), sin).to(x.dtype)  # (..., T, w)
 
 
@@ -493,7 +494,7 @@ class Attention(nn.Module):
 
     def o_heads(self) -> Tensor:
         """O_c^T: (n, w, H)."""
-        return per_head(self.o.weight.mT, self.n_head).mT
+        return self.o.weight.mT.unflatten(0, (self.n_head, -1))
 
     def check_bilinear(self) -> None:
         normed = any(isinstance(module, nn.RMSNorm) for module in self.modules())
@@ -780,7 +781,7 @@ class MFA(Attention):
 
 
 class MFAKR(MFA):
-    """MFA-Key-Reuse (Eqs. 8-9): the cached key serves as the value, v_j = k_j + alpha * (N k_j).
+    """MFA-Key-Reuse (Eqs. 8-9): the cached key serves as the value, v_j = k_j + alpha * (k_j N^T).
 
     As a matrix, v_j = k_j M with M = I + N^T diag(alpha) for key_reuse "gated"; Table 4's steps to
     it are I ("vanilla"), N^T ("proj") and I + N^T ("residual"). M stands between the softmax and
@@ -836,7 +837,9 @@ class MFAKR(MFA):
         return F.linear(y.flatten(2), O.flatten(1))  # (B, T, H)
 
     def times_M(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """x M, or x M^T. I stays out of the product: autocast would round a small gate away."""
+        """x M, or x M^T with M^T = I + diag(alpha) N. The identity stays out of the product, where
+        autocast would round a small gate away.
+        """
         if self.cfg.key_reuse == "vanilla":
             return x
         alpha = self.alpha if self.cfg.key_reuse == "gated" else 1

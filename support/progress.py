@@ -109,6 +109,7 @@ class Progress:
     step: int = 0
     best_loss: float = math.inf
     seconds: float = 0.0  # of training and evaluation, over all resumptions
+    evaluation_seconds: float = 0.0  # of the last one
 
     def __post_init__(self):
         self.losses: list[Tensor] = []  # of the steps since the last line, still on the device
@@ -223,14 +224,21 @@ class Progress:
         speed = steps / elapsed  # steps a second
         self.told = self.step
         tokens = round(speed * args.batch_size * args.model.block_size)
-        left = duration((args.max_iters - self.step) / speed)
-        line = f"step {self.step:>6}  loss {loss:.4f}  {tokens:>11,} tokens/s  {left} left"
-        self.machine.print(line)
+        line = f"step {self.step:>6}  loss {loss:.4f}  {tokens:>11,} tokens/s"
+        self.machine.print(f"{line}  {self.left(speed)} left")
         row = dict(train_loss=loss, lr=rate, tokens_per_s=tokens, seconds=round(self.seconds, 3))
         self.run.log(step=self.step, **row)
         self.tell_pace(self.pace.slower(steps, elapsed))
         self.machine.agree()
         self.lap()
+
+    def left(self, speed: float) -> str:
+        """Of the steps, speed a second, and of the evaluations, once there was one."""
+        args = self.args
+        evaluations = math.ceil(args.max_iters / args.eval_interval)
+        evaluations -= (self.step - 1) // args.eval_interval  # the one that is due comes later
+        seconds = (args.max_iters - self.step) / speed + evaluations * self.evaluation_seconds
+        return duration(seconds)
 
     def tell_pace(self, times: float) -> None:
         if times and self.machine.device.type == "cpu" and torch.get_num_threads() > 1:
@@ -245,7 +253,8 @@ class Progress:
         bpb = loss / math.log(2) * self.meta["val_tokens"] / self.meta["val_bytes"]
         better = loss < self.best_loss
         self.best_loss = min(self.best_loss, loss)
-        self.seconds += self.lap()
+        self.evaluation_seconds = self.lap()
+        self.seconds += self.evaluation_seconds
         note = "  best so far" if better else ""
         value = f"{loss:.4f} nats per {self.unit}, {bpb:.4f} bits per byte"
         self.machine.print(f"step {self.step:>6}  validation {value}{note}")

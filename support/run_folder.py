@@ -42,7 +42,9 @@ def load_checkpoint(path: Path, map_location="cpu", mmap: bool = False) -> dict:
     if path.is_dir():
         raise BadInput(f"checkpoint {path} is a folder: give {path / 'best.pt'}")
     if not path.is_file():
-        raise BadInput(f"checkpoint {path} is not there: train one with python train.py")
+        there = ", ".join(str(found) for found in sorted(Path("out").glob("*/best.pt"))[:5])
+        or_take = f", or take {there}" if there else ""
+        raise BadInput(f"checkpoint {path} is not there: train one with python train.py{or_take}")
     give = "give a best.pt or latest.pt of a run"
     mmap = mmap or (int(os.environ.get("RANK", 0)) > 0 and os.name != "nt")  # which locks the file
     try:
