@@ -1,6 +1,7 @@
 """Published attentions are settings of ours: the same outputs from the same weights.
 
-Runs where transformers is installed; .ci/run has a job that installs it. Step-3's runs where vLLM is, too.
+Runs where transformers is installed; .ci/run has a job that installs it. Step-3's needs vLLM, too,
+which it does not install.
 """
 
 import pytest
@@ -64,7 +65,7 @@ def test_the_core_of_deepseek_v4_s_attention_is_key_reuse_without_a_projection(T
 
 
 class SoftmaxAttention(torch.nn.Module):
-    """In place of vLLM's paged attention, whose kernels need a GPU and a scheduler: the formula."""
+    """The formula, in place of vLLM's paged attention: compiled kernels and a scheduler's cache."""
 
     def __init__(self, num_heads, head_size, scale, num_kv_heads, **paging):
         super().__init__()
@@ -82,7 +83,7 @@ class SoftmaxAttention(torch.nn.Module):
 
 @pytest.fixture
 def step3(monkeypatch, tmp_path):
-    """vLLM's module of Step-3 in a world of one process, with PyTorch in place of its CUDA norm and rotation."""
+    """vLLM's module of Step-3, in one process on a CPU; norm and rotation by its PyTorch code."""
     pytest.importorskip("vllm", minversion="0.33")
     from vllm.config import CompilationConfig, DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -104,9 +105,9 @@ def step3(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("T", [1, 2, 30])
 def test_step_3_s_attention_is_mfa_with_a_normed_query_of_rank_8_c(step3, T):
-    """vLLM's layer of it, built from its configuration; norm, scale, and rotation are its own code.
+    """vLLM's layer from its configuration: projections, norm, rotation, and scale are its own.
 
-    SoftmaxAttention stands for the paged attention, and is given their scale.
+    SoftmaxAttention stands in for the paged attention and is given that scale.
     """
     from vllm.transformers_utils.configs.step3_vl import Step3TextConfig
 
