@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfa import GPT, Config, cache_bytes
+from mfa import GPT, Config, cache_bytes, preset
 from support.cli import BadInput
 from support.files import name_the_file
 from support.log import Tracker
@@ -32,6 +32,7 @@ from support.run_folder import (
 )
 from support.sharded_state import load_state_of, state_of, weights_of, whole
 from support.tokenizers import start_of_text, tokenizer_from
+from support.train_flags import not_used
 
 # Flags that a resumed run may change; a change of any other would make it another run.
 MAY_CHANGE = {
@@ -285,6 +286,8 @@ class Progress:
         widths = f"(FFN {cfg.ffn} wide, MHA's {mha.ffn})"
         machine.print(f"{n:,} parameters, {n / n_mha:.1%} of MHA's {n_mha:,} {widths}")
         machine.print(cache_line(cfg, mha))
+        for name in [] if run.checkpoint else not_used(args.model, preset(args.preset, cfg.attn)):
+            machine.print(f"note: {cfg.attn} does not use --{name}")
         if args.plugin:
             kept = run.folder / args.plugin.name
             machine.print(f"attention: {cfg.attn} of {kept if run.checkpoint else args.plugin}")

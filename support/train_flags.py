@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mfa import PRESETS, Config
+import torch
+
+from mfa import GPT, PRESETS, Config
 from support.cli import BadInput
 from support.log import require_tracker
 from support.plugins import load_plugin, load_plugin_of
@@ -67,6 +69,31 @@ def check_flags(args: Any) -> None:
         require_tracker(args.log)
     if args.seed >= 2**32:
         raise BadInput(f"--seed must be less than 2^32, not {args.seed}")
+
+
+class Watched(Config):
+    """A Config that notes which of its fields are read."""
+
+    read: set[str] = set()
+
+    def __getattribute__(self, name: str) -> Any:
+        Watched.read.add(name)
+        return super().__getattribute__(name)
+
+
+READ_LATER = {"n_layer", "block_size", "pos", "rope_base", "rope_fraction"}  # as the model runs
+
+
+def not_used(cfg: Config, start: Config) -> list[str]:
+    """Fields that cfg has changed from start, and that making its model does not read."""
+    watched = Watched(**vars(cfg) | dict(n_layer=min(cfg.n_layer, 2), vocab_size=1))
+    Watched.read.clear()
+    if cfg.n_expert:
+        Watched.read.add("balance_coef")  # in training
+    with torch.device("meta"):
+        GPT(watched)
+    changed = [name for name, value in vars(cfg).items() if value != getattr(start, name)]
+    return [name for name in changed if name not in Watched.read | READ_LATER]
 
 
 # --------------------------------------------------------------------------------------------------

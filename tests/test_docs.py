@@ -225,9 +225,10 @@ def test_what_is_typed_of_decoding_and_of_the_kills_is_in_the_results():
     assert f"MFA decodes {mfa / mha:.1f} times as fast as MHA" in text
     assert f"MFA-KR makes {reused / mha:.1f} times as many tokens/s" in text
     assert f"decodes {mfa / llama:.0f} times slower than MFA" in text
-    killed = json.loads((figures.RESULTS / "kill_test.json").read_text(encoding="utf-8"))
-    assert f"After {killed['kills']} ends" in text and len(killed["by"]) == 5
-    assert not killed["unreadable_files"] and killed["identical_to_uninterrupted"]
+    for name in ("kill_test.json", "kill_test_muon.json"):
+        killed = json.loads((figures.RESULTS / name).read_text(encoding="utf-8"))
+        assert f"After {killed['kills']} ends" in text and len(killed["by"]) == 5
+        assert not killed["unreadable_files"] and killed["identical_to_uninterrupted"]
     small = json.loads((figures.RESULTS / "train.json").read_text(encoding="utf-8"))["small"]["rows"]
     ours = {name: row["of_nanogpt"] for name, row in small.items()}
     slower, faster = 1 - ours["ours, mfa"], ours["ours, mha"] - 1
