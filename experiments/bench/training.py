@@ -399,11 +399,13 @@ def our_trainer(args: Bench, place: Path, out: Path, start: str, flags: str) -> 
 
 
 # Recipes for reaching nanoGPT's loss soon, where the preset's is for reaching its own best.
-REGULARIZED = "--learning_rate 3e-3 --dropout 0 --weight_decay 4"
+REGULARIZED = "--optimizer adamw --batch_size 64 --learning_rate 3e-3 --dropout 0 --weight_decay 4"
+MUON = "--optimizer muon --batch_size 32 --learning_rate 8e-3 --dropout 0 --weight_decay 2"
 QUICK = [
     f"--max_iters 425 {REGULARIZED} --eval_interval 425",
     f"--max_iters 375 {REGULARIZED} --eval_interval 375 --vo_std 0.02",
     f"--max_iters 450 {REGULARIZED} --eval_interval 225",
+    *(f"--max_iters {n} {MUON} --eval_interval {n}" for n in (400, 450)),
 ]
 
 
