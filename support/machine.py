@@ -146,6 +146,10 @@ class Signals:
 # --------------------------------------------------------------------------------------------------
 # The door
 
+# DDP would free the group of processes together with itself. That waits for gloo's thread, while
+# Python is locked, and gloo's thread may wait for Python.
+NEVER_FREED: list[dist.ProcessGroup] = []
+
 
 class Machine:
     """One process' view of what a training runs on. Entered once; alone unless torchrun started it.
@@ -194,6 +198,7 @@ class Machine:
         if self.threads_before:
             torch.set_num_threads(self.threads_before)
         if self.world > 1:
+            NEVER_FREED.append(dist.group.WORLD)
             dist.destroy_process_group()
 
     @contextlib.contextmanager

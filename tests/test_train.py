@@ -753,8 +753,12 @@ def test_two_processes_take_over_from_one_restart_when_one_dies_stop_together_an
 @quick
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_lost_terminal_saves_the_work(data, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
     signals_at(monkeypatch, {13: signal.SIGHUP})
-    result = train(small(data, tmp_path))
+    try:
+        result = train(small(data, tmp_path))
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert (result["step"], result["stopped"]) == (13, signal.SIGHUP)
     assert load_checkpoint(tmp_path / "latest.pt")["step"] == 13
 
