@@ -28,7 +28,7 @@ from support.cli import BadInput, run_command
 from support.files import write_atomically
 from support.machine import Machine
 from support.progress import count
-from support.run_folder import FORMAT, load_checkpoint, model_from, shell_quoted
+from support.run_folder import FORMAT, load_checkpoint, model_from, new_run, shell_quoted
 from train import evaluate, take, to_device
 
 TARGETS = ("gqa", "mqa", "mla", "mfa", "mfa_kr")
@@ -150,8 +150,7 @@ def own_text(ckpt: dict) -> tuple[Tensor, Tensor] | None:
 
 def main(args: Args) -> None:
     ckpt = load_checkpoint(args.checkpoint)
-    if any((args.out / name).exists() for name in ("best.pt", "latest.pt", "metrics.jsonl")):
-        raise BadInput(f"--out {args.out} holds a run: give a new folder")
+    best = new_run(args.out).best
     with Machine("cpu") as machine:
         model = model_from(ckpt, args.checkpoint, machine.device)
         fields = dict(latent_dim=args.latent_dim, key_reuse_rope=args.key_reuse_rope)
@@ -178,7 +177,6 @@ def main(args: Args) -> None:
         counted=dict(params=count(new), cache_bytes=cache_bytes(new.cfg)),
     )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    best = args.out / "best.pt"
     write_atomically(best, lambda file: torch.save(state, file))
     how = "as its attentions met it in its own text" if seen else "unseen, as its text is not there"
     print(f"{model.cfg.attn} became {args.to}, what comes in weighed {how}")

@@ -34,7 +34,7 @@ from experiments.hub.tokenizer import read_tokenizer
 from mfa import GPT, Config
 from support.cli import BadInput, run_command
 from support.files import write_atomically
-from support.run_folder import FORMAT, Run
+from support.run_folder import FORMAT, new_run
 
 # What a config.json may say, or leave out: anything else is something that our model lacks.
 ONLY = dict(
@@ -144,7 +144,7 @@ def state_from(theirs: dict[str, Tensor], cfg: Config, folder: Path) -> dict[str
 
 def main(args: Args) -> None:
     require_extra("safetensors", "tokenizers")
-    run = Run(args.out)
+    run = new_run(args.out)
     cfg = config_from(read_json(args.folder / "config.json"), args.folder / "config.json")
     state = state_from(read_weights(args.folder), cfg, args.folder)
     tokenizer = read_tokenizer(args.folder)

@@ -155,12 +155,13 @@ class Run:
         self.latest, self.best = out / "latest.pt", out / "best.pt"
         self.metrics, self.curve = out / "metrics.jsonl", out / "loss.png"
         others = self.metrics.exists() or self.best.exists()
+        self.holds_run = self.latest.exists() or others
         if out.exists() and not out.is_dir():
             raise BadInput(f"--out {out} is a file: give a folder")
         if self.resume and self.overwrite:
             what = "--resume goes on with the run that --overwrite would replace"
             raise BadInput(f"{what}: give one of the two")
-        if not (self.resume or self.overwrite) and (self.latest.exists() or others):
+        if not (self.resume or self.overwrite) and self.holds_run:
             what = "--resume continues it, --overwrite replaces it, another --out keeps it"
             raise BadInput(f"--out {out} holds a run: {what}")
         if self.resume and not self.latest.exists() and others:
@@ -257,3 +258,11 @@ class Run:
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def new_run(folder: Path) -> Run:
+    """For a command that makes a run and has no --resume. BadInput if the folder holds one."""
+    run = Run(folder, overwrite=True)
+    if run.holds_run:
+        raise BadInput(f"--out {folder} holds a run: give a new folder")
+    return run

@@ -30,7 +30,7 @@ from experiments.flags import require_at_least_1, require_other_results
 from mfa import GPT, Config, preset
 from support.cli import BadInput, run_command
 from support.machine import Machine, attention_kernels, is_out_of_memory, leave
-from support.provenance import ROOT, provenance, read_jsonl
+from support.provenance import ROOT, child_environment, provenance, read_jsonl
 from support.run_folder import append_line
 from train import Train, make_optimizer, match_params, set_learning_rate, train_step
 
@@ -169,11 +169,9 @@ def torchrun(args: Bench, context: int) -> bool:
         flags += [f"--{name}"] if getattr(args, name) else []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={args.processes}", str(Path(__file__).resolve()), *flags]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
         [*command, f"--contexts={context}", "--results", str(args.results.resolve())],
-        env=environment, capture_output=True, text=True, encoding="utf-8",
+        env=child_environment(), capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
     if done.returncode and "out of memory" not in done.stdout + done.stderr:  # NCCL has its own
         raise SystemExit(f"{done.stdout}{done.stderr}\nthe processes failed, see above")

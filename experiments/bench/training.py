@@ -53,7 +53,7 @@ from support.cli import BadInput, run_command
 from support.corpora import DATA
 from support.files import write_atomically
 from support.machine import Machine, attention_kernels, pick_device
-from support.provenance import ROOT, provenance, read_json
+from support.provenance import ROOT, child_environment, provenance, read_json
 from support.tokenizers import tokenizer_from
 from train import (
     RECIPES,
@@ -311,8 +311,7 @@ def timed_lines(command: list[str], cwd: Path):
     Closing this ends the command.
     """
     began, lines = time.perf_counter(), queue.Queue()
-    path = os.pathsep.join([str(ROOT), *sys.path[1:]])
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    environment = child_environment(PYTHONUNBUFFERED="1")
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
     process = subprocess.Popen(command, cwd=cwd, env=environment, **pipe)
 

@@ -31,7 +31,7 @@ from experiments.flags import require_at_least_1
 from support.cli import run_command
 from support.corpora import DATA
 from support.machine import PIPE_CLOSED
-from support.provenance import ROOT, provenance
+from support.provenance import ROOT, child_environment, provenance
 from support.run_folder import load_checkpoint, model_from
 
 PHASES = ("start-up", "training", "writing")
@@ -60,8 +60,7 @@ def start(folder: Path, steps: int, optimizer: str) -> subprocess.Popen:
     flags += ["--file", str(folder.parent / "text.txt")]
     flags += ["--data_dir", str(folder / "data"), "--out", str(folder / "out")]
     command = [sys.executable, str(ROOT / "train.py"), *flags]
-    path = os.pathsep.join([str(ROOT), *sys.path[1:]])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     pipe = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8")
     before = heed_signals if os.name == "posix" else None
     return subprocess.Popen(command, env=environment, preexec_fn=before, **pipe)
