@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch._dynamo as dynamo
@@ -63,6 +63,7 @@ class Args:
 
     device: str = "auto"  # auto, cpu, cuda ...
     limit_seconds: float = 540  # begin nothing after this time
+    shapes: tuple[Literal[tuple(SHAPES)], ...] = tuple(SHAPES)  # only these
     rounds: int = 5  # in turn, of which the median counts
     results: Path | None = None
     """File of the results; default experiments/results/equal_time.jsonl, with --smoke
@@ -152,7 +153,7 @@ def main(args: Args) -> None:
     no_limit = dynamo.config.patch(recompile_limit=1000)  # all attentions in one process
     with Machine(args.device) as machine, attention_kernels(machine.device), no_limit:
         origin = provenance(machine.device)
-        for shape, what in QUEUE:
+        for shape, what in [pair for pair in QUEUE if pair[0] in args.shapes]:
             mha, per_round = None, 1 if toy else SHAPES[shape].per_round
             free(machine.device)
             for arm in ARMS:

@@ -3,8 +3,9 @@
     python experiments/bench/sharding.py --processes 2 --preset paper-7b --shard --checkpoint_blocks
 
 One call measures one setting, at the longest of --contexts that fits: torchrun starts that many
-processes for each context in turn, until none runs out of memory. Random tokens, steps as train.py
-takes them. A line of JSON is added to --results for each context, what did not fit included:
+processes for each context in turn, until none runs out of memory. Steps as train.py takes them, of
+random tokens, or of --text, whose losses are then told one by one. A line of JSON is added to
+--results for each context, what did not fit included:
 
     tokens_per_s          of all processes together
     share_of_rate         of the GPUs' own bf16 matrix rate, by activated parameters: 6 operations
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,16 +28,28 @@ import torch
 import torch.distributed as dist
 
 from experiments.bench.training import matrix_rate
-from experiments.flags import require_at_least_1, require_other_results
+from experiments.flags import require_at_least_1, require_other_results, require_positive
 from mfa import GPT, Config, preset
+from prepare_data import load
 from support.cli import BadInput, run_command
 from support.machine import Machine, attention_kernels, is_out_of_memory, leave
 from support.provenance import ROOT, child_environment, provenance, read_jsonl
 from support.run_folder import append_line
-from train import Train, make_optimizer, match_params, set_learning_rate, train_step
+from train import (
+    Tokens,
+    Train,
+    make_optimizer,
+    match_params,
+    set_learning_rate,
+    to_device,
+    train_step,
+)
 
 RESULTS = ROOT / "experiments" / "results" / "sharding.jsonl"
-SETTING = "preset", "attn", "processes", "shard", "checkpoint_blocks", "compile", "optimizer"
+SETTING = (
+    "preset", "attn", "processes", "shard", "checkpoint_blocks", "compile", "optimizer",
+    "grad_accum", "sequences",
+)  # fmt: skip
 
 
 @dataclass
@@ -49,9 +63,12 @@ class Bench:
     checkpoint_blocks: bool = False  # as in train.py
     compile: bool = False  # as in train.py
     optimizer: Literal["adamw", "muon"] = "adamw"
-    sequences: int = 1  # of each process in a step
+    sequences: int = 1  # of each process in a piece of a step
+    grad_accum: int = 1  # pieces of each process in a step
     contexts: tuple[int, ...] = (16384, 8192, 4096, 2048, 1024)  # tried in this order
     steps: int = 5  # that are timed, after two that are not
+    text: Path | None = None  # a folder of prepare_data.py's; default random tokens
+    learning_rate: float = 1e-4  # of all steps
     matrix_flops: float = 0.0  # bf16 operations a second of one GPU; 0: measured
     results: Path = RESULTS  # the file to add to
     smoke: bool = False  # toy sizes on a CPU, to see that it runs: the figures mean nothing
@@ -97,11 +114,14 @@ def measure(args: Bench, context: int) -> dict:
             model = GPT(cfg)
         params = sum(p.numel() for p in model.parameters())
         model = machine.place(model, args.checkpoint_blocks).train()
-        optimizer = make_optimizer(model, Train(model=cfg, optimizer=args.optimizer))
-        set_learning_rate(optimizer, 1e-4)
+        size = machine.world * args.grad_accum * args.sequences
+        recipe = Train(
+            model=cfg, batch_size=size, grad_accum=args.grad_accum, optimizer=args.optimizer
+        )
+        optimizer = make_optimizer(model, recipe)
+        set_learning_rate(optimizer, args.learning_rate)
         loss_of = machine.loss_function(model, args.compile)
-        torch.manual_seed(machine.rank)
-        tokens = torch.randint(cfg.vocab_size, (args.sequences, context + 1), device=machine.device)
+        batches = batches_of(args, recipe, machine)
 
         def wait() -> None:
             if on_gpu:
@@ -116,29 +136,46 @@ def measure(args: Bench, context: int) -> dict:
             if step == 2:
                 wait()
                 began = time.perf_counter()
-            losses.append(train_step(model, loss_of, [tokens], optimizer, machine)[0])
+            losses.append(train_step(model, loss_of, batches(step), optimizer, machine)[0])
         wait()
         seconds = (time.perf_counter() - began) / args.steps
         peak = torch.cuda.max_memory_reserved() if on_gpu else 0
         peaks = torch.tensor([peak], device=machine.device)
         if machine.world > 1:
             dist.all_reduce(peaks, dist.ReduceOp.MAX)
-        first, last = (machine.sum(losses[at]).item() / machine.world for at in (0, -1))
+        means = (machine.sum(torch.stack(losses)) / machine.world).tolist()
         where = provenance(machine.device)
     activated, of_weights, of_attention = operations(cfg)
-    speed = machine.world * args.sequences * context / seconds  # tokens/s
+    speed = size * context / seconds  # tokens/s
     share = speed / machine.world / rate
     return dict(
         fits=True, params=params, activated=activated, ms=seconds * 1e3, tokens_per_s=speed,
         matrix_flops=rate, share_of_rate=share * of_weights,
         share_with_attention=share * (of_weights + of_attention), peak_bytes=int(peaks),
-        first_loss=first, last_loss=last, **where,
+        losses=means if args.text else [means[0], means[-1]], **where,
     )  # fmt: skip
+
+
+def batches_of(args: Bench, recipe: Train, machine: Machine) -> Callable[[int], list]:
+    """step -> this process' pieces of its batch, each (sequences, T + 1)."""
+    if args.text:
+        train_ids, val_ids, meta = load(args.text)
+        if meta["vocab_size"] > recipe.model.vocab_size:
+            what = f"has {meta['vocab_size']} tokens, the model {recipe.model.vocab_size}"
+            raise BadInput(f"--text {args.text} {what}: give another")
+        ids = to_device(train_ids, machine.device), to_device(val_ids, machine.device)
+        text = Tokens(args.text, *ids, meta)
+        return lambda step: text.batches(recipe, step, machine)
+    torch.manual_seed(machine.rank)
+    shape = args.grad_accum, args.sequences, recipe.model.block_size + 1
+    same = list(torch.randint(recipe.model.vocab_size, shape, device=machine.device))
+    return lambda step: same
 
 
 def setting(args: Bench, context: int) -> dict:
     named = {name: getattr(args, name) for name in SETTING}
-    return named | dict(sequences=args.sequences, context=context, steps=args.steps)
+    text = args.text.name if args.text else "random"
+    return named | dict(context=context, steps=args.steps, text=text)
 
 
 def one_process(args: Bench) -> None:
@@ -163,8 +200,10 @@ def one_process(args: Bench) -> None:
 def torchrun(args: Bench, context: int) -> bool:
     """Does the context fit?"""
     flags = [f"--{name}={getattr(args, name)}" for name in ("preset", "attn", "optimizer")]
-    for name in ("processes", "sequences", "steps", "matrix_flops"):
-        flags.append(f"--{name}={getattr(args, name)}")
+    numbers = "processes", "sequences", "grad_accum", "steps", "learning_rate", "matrix_flops"
+    flags += [f"--{name}={getattr(args, name)}" for name in numbers]
+    if args.text:
+        flags += ["--text", str(args.text.resolve())]  # of which the results keep the name
     for name in ("shard", "checkpoint_blocks", "compile", "smoke"):
         flags += [f"--{name}"] if getattr(args, name) else []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -181,17 +220,18 @@ def torchrun(args: Bench, context: int) -> bool:
 def table(rows: list[dict]) -> str:
     """What fits and how fast, as Markdown, one row a setting: the last measured."""
     lines = [
-        "| | GPUs | sharded | blocks twice | context | tokens/s | share of bf16 rate "
+        "| | GPUs | sharded | blocks twice | sequences of one | tokens/s | share of bf16 rate "
         "| with attention | peak GB |",
         "|---|---:|---|---|---:|---:|---:|---:|---:|",
     ]
-    last = {tuple(row[name] for name in (*SETTING, "sequences")): row for row in rows}
+    last = {tuple(row[name] for name in (*SETTING, "text")): row for row in rows}
     for row in last.values():
         yes = ["yes" if row[name] else "no" for name in ("shard", "checkpoint_blocks")]
         cells = [f"{row['preset']}, {row['attn']}", str(row["processes"]), *yes]
         if row["fits"]:
             shares = (f"{row[name]:.0%}" for name in ("share_of_rate", "share_with_attention"))
-            size = f"{row['sequences']} x {row['context']:,}"
+            pieces = f"{row['grad_accum']} x " if row["grad_accum"] > 1 else ""
+            size = f"{pieces}{row['sequences']} x {row['context']:,}"
             peak = f"{row['peak_bytes'] / 1e9:.1f}"
             cells += [size, f"{row['tokens_per_s']:,.0f}", *shares, peak]
         else:
@@ -201,7 +241,8 @@ def table(rows: list[dict]) -> str:
 
 
 def main(args: Bench) -> None:
-    require_at_least_1(args, "processes", "sequences", "steps")
+    require_at_least_1(args, "processes", "sequences", "grad_accum", "steps")
+    require_positive(args, "learning_rate")
     if "RANK" in os.environ:
         return one_process(args)
     require_other_results(args, RESULTS)
