@@ -39,7 +39,7 @@ from support.machine import (
     pick_device,
     require_compiler,
 )
-from support.muon import Both, Muon
+from support.muon import Both, Muon, groups_of
 from support.packing import hide_padding
 from support.progress import Progress
 from support.run_folder import Run, load_checkpoint, load_weights
@@ -70,7 +70,8 @@ class Train:
     max_iters: int = 2000  # optimizer steps
     batch_size: int = 16  # sequences per step, over all processes and accumulation steps
     grad_accum: int = 1  # pieces each process cuts its share of the batch into, to save memory
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the blocks' matrices, adamw for others
+    optimizer: Literal["adamw", "muon", "muon_heads"] = "adamw"
+    """muon: of the blocks' matrices, and adamw for others; muon_heads: each head's by itself."""
     learning_rate: float = 3e-3  # peak, after the warm-up
     min_lr: float = 1e-5  # end of the cosine decay
     warmup_iters: int = 100  # steps of linear warm-up
@@ -270,10 +271,8 @@ def make_optimizer(model: GPT, args: Train) -> torch.optim.Optimizer | Both:
     """AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
-    inner = [p for p in model.blocks.parameters() if p.dim() >= 2]
-    if args.optimizer == "muon":
-        tables = [model.embed.weight, model.head.weight]
-        matrices = tables[:1] if model.cfg.tied else tables
+    if args.optimizer != "adamw":
+        matrices = [model.embed.weight, model.head.weight][: 1 if model.cfg.tied else 2]
     groups = [
         dict(params=matrices, weight_decay=args.weight_decay),
         dict(params=gains, weight_decay=0.0),
@@ -282,6 +281,7 @@ def make_optimizer(model: GPT, args: Train) -> torch.optim.Optimizer | Both:
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), eps=1e-8, fused=fused)
     if args.optimizer == "adamw":
         return adamw
+    inner = groups_of(model.blocks, apart=args.optimizer == "muon_heads")
     return Both(Muon(inner, lr=0.0, weight_decay=args.weight_decay), adamw)
 
 

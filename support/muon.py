@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mfa import MFA, MHA, MLA, Attention
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic x -> A x + B x^3 + C x^5 of Jordan et al.
 SMALL = 1 << 24  # numbers up to which a GPU takes longer to launch these kernels than to run them
@@ -109,6 +111,27 @@ def keep(whole: Tensor, like: Tensor) -> Tensor:
 def stacked(like: Tensor) -> list:
     """How matrices are sharded in a stack, each as like is."""
     return [type(placement)(placement.dim + 1) for placement in like.placements]
+
+
+def heads_in(attn: Attention) -> dict[str, int]:
+    """How many heads a matrix stacks: n on its rows, -n on its columns. A plug-in's is whole."""
+    n = attn.n_head
+    if isinstance(attn, MHA):  # GQA and MQA, too
+        return dict(q=n, k=attn.g, v=attn.g, o=-n)
+    if isinstance(attn, MLA):
+        return dict(q=n, q_rope=n, k=n, v=n, o=-n)
+    return dict(q=n, o=-n) if isinstance(attn, MFA) else {}  # FPBA's W_c are no stack
+
+
+def groups_of(blocks: Iterable[nn.Module], apart: bool) -> list[dict]:
+    """The matrices of the blocks as Muon's groups: one group, or one for each number of heads."""
+    groups = defaultdict(list)
+    for block in blocks:
+        heads = {f"attn.{name}.weight": n for name, n in heads_in(block.attn).items()}
+        for name, p in block.named_parameters():
+            if p.dim() >= 2:
+                groups[heads.get(name, 0) if apart else 0].append(p)
+    return [dict(params=params, heads=n) for n, params in groups.items()]
 
 
 class Muon(torch.optim.Optimizer):

@@ -100,3 +100,38 @@ def test_heads_taken_one_by_one_step_as_matrices_of_their_own(sign):
     Muon([dict(params=[whole], heads=4 * sign)], lr=0.1).step()
     Muon(alone, lr=0.1).step()
     assert torch.allclose(whole, stacked(torch.stack(alone)), rtol=1e-13, atol=1e-13)
+
+
+WHOLE = {"s_q", "s_k", "s_v", "s_kv", "k_rope", "n", "w1", "w2", "w3"}
+
+
+@pytest.mark.parametrize("case", MAIN)
+def test_heads_apart_are_the_matrices_that_carry_a_head_s_number(case):
+    model = gpt(case)
+    optimizer = make_optimizer(model, Train(optimizer="muon_heads"))
+    heads = {p: group["heads"] for group in optimizer.muon.param_groups for p in group["params"]}
+    assert len(heads) == sum(p.dim() >= 2 for p in model.blocks.parameters())
+    attn = model.blocks[0].attn
+    for name, p in attn.named_parameters():
+        leaf = name.removesuffix(".weight")
+        if p.dim() == 2 and leaf not in WHOLE:
+            width = p.shape[1 if heads[p] < 0 else 0] / abs(heads[p])
+            assert width in (model.cfg.head_dim, model.cfg.latent, model.cfg.rope_dim), name
+        elif p.dim() >= 2:
+            assert heads[p] == 0, name
+
+
+@pytest.mark.parametrize("optimizer, alike", [("muon_heads", True), ("muon", False)])
+def test_a_head_s_step_depends_on_its_own_gradient_alone_if_heads_are_apart(optimizer, alike):
+    ends = []
+    for scale in (1.0, -3.0):  # of the gradient of every head but the first
+        model = gpt("mha").double()
+        q, d = model.blocks[0].attn.q.weight, model.cfg.head_dim
+        q.grad = torch.linspace(1, 9, q.numel(), dtype=q.dtype).sin().view_as(q)
+        q.grad[d:] *= scale
+        both = make_optimizer(model, Train(optimizer=optimizer))
+        for group in both.param_groups:
+            group["lr"] = 0.1
+        both.step()
+        ends.append(q[:d].detach().clone())
+    assert torch.allclose(*ends, rtol=1e-13, atol=1e-13) == alike

@@ -49,7 +49,7 @@ leave(0)
 HOW = dict(max_iters=50, n_layer=2, eval_interval=25, log_interval=10)
 CASES = {
     "adamw": dict(attn="mfa_kr"),
-    "muon": dict(optimizer="muon", grad_accum=2),
+    "muon": dict(optimizer="muon_heads", grad_accum=2),
     "moe": dict(
         n_expert=5, n_expert_active=1, moe_ffn_dim=30, balance_coef=0.5, tied=False, match_params=False,
         max_iters=20, eval_interval=10,

@@ -44,10 +44,10 @@ def test_seeds_keep_every_recipe_and_every_seed(tmp_path, monkeypatch):
 
 
 def test_muon_s_share_is_of_the_recipe_s_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "in_turn", lambda steps, *_: {name: 10.0 + 2 * (name == "muon") for name in steps})
+    monkeypatch.setattr(training, "in_turn", lambda steps, *_: {name: 10.0 + 2 * (name != "adamw") for name in steps})
     args = Bench(tmp_path, part="muon", results=tmp_path / "train.json", smoke=True)
     rows = training.muon(args)["rows"]
     assert read_json(args.results)["muon"]["rows"] == rows
-    assert rows["baby, mfa"]["share"] == 0.2  # a step is one batch
-    assert rows["small, mha"]["share"] == 0.2 / 16  # a step is 16 pieces, of which one is timed
-    assert "| small, mha | 2 | 10.00 | 12.00 | 1.2% |" in training.table(read_json(args.results))
+    assert training.added(rows["baby, mfa"], "muon_heads") == 0.2  # a step is one batch
+    assert training.added(rows["small, mha"], "muon") == 0.2 / 16  # 16 pieces, of which one is timed
+    assert "| small, mha | 2 | 10.00 | 12.00 | 12.00 | 1.2% | 1.2% |" in training.table(read_json(args.results))

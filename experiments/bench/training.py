@@ -528,17 +528,26 @@ def muon(args: Bench) -> dict:
         cfg = match_params(preset(name, attn, dropout=0.0, **(toy if args.smoke else {})))
         with Machine() as machine, attention_kernels(machine.device):
             adamw = our_step(cfg, batch, machine, compile=machine.device.type == "cuda")
-            other = copy(adamw)
-            other.optimizer = make_optimizer(adamw.model, Train(model=cfg, optimizer="muon"))
-            set_learning_rate(other.optimizer, 1e-5)
-            for step in (adamw, other) * 5:
+            steps = dict(adamw=adamw)
+            for optimizer in ("muon", "muon_heads"):
+                steps[optimizer] = other = copy(adamw)
+                other.optimizer = make_optimizer(adamw.model, Train(model=cfg, optimizer=optimizer))
+                set_learning_rate(other.optimizer, 1e-5)
+            for step in [*steps.values()] * 5:
                 step()
-            ms = in_turn(dict(adamw=adamw, muon=other), machine.device, *rounds)
-        added = (ms["muon"] - ms["adamw"]) / (pieces * ms["adamw"])
-        rows[f"{name}, {attn}"] = dict(ms=ms, batch=batch, pieces=pieces, share=added)
-        print(f"{name}, {attn}: {ms}, {added:.1%} of a step", flush=True)
+            ms = in_turn(steps, machine.device, *rounds)
+        row = dict(ms=ms, batch=batch, pieces=pieces)
+        rows[f"{name}, {attn}"] = row
+        shares = (f"{added(row, optimizer):.1%}" for optimizer in ("muon", "muon_heads"))
+        print(f"{name}, {attn}: {ms}, {' and '.join(shares)} of a step", flush=True)
         store(args, "muon", {"rows": rows})
     return {"rows": rows}
+
+
+def added(row: dict, optimizer: str) -> float:
+    """What Muon adds to the recipe's step with AdamW, as a share of it."""
+    ms = row["ms"]
+    return (ms[optimizer] - ms["adamw"]) / (row["pieces"] * ms["adamw"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -653,11 +662,16 @@ def steps_table(part: dict) -> list[str]:
 
 def muon_table(part: dict) -> list[str]:
     lines = [f"Muon beside AdamW, {part['device']}, in turn:", ""]
-    lines += ["| | sequences | ms, AdamW | ms, Muon | Muon adds, of the recipe's step |"]
-    lines += ["|---|---|---|---|---|"]
+    kinds = {"muon": "Muon", "muon_heads": "Muon by heads"}  # older results have not both
+    kinds = {k: v for k, v in kinds.items() if all(k in row["ms"] for row in part["rows"].values())}
+    heads = ["", "sequences", "ms, AdamW", *(f"ms, {name}" for name in kinds.values())]
+    heads += [f"{name} adds, of the recipe's step" for name in kinds.values()]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in part["rows"].items():
-        ms = f"{row['ms']['adamw']:.2f} | {row['ms']['muon']:.2f}"
-        lines.append(f"| {name} | {row['batch']} | {ms} | {row['share']:.1%} |")
+        cells = [name, str(row["batch"]), f"{row['ms']['adamw']:.2f}"]
+        cells += [f"{row['ms'][k]:.2f}" for k in kinds]
+        cells += [f"{added(row, k):.1%}" for k in kinds]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -1303,7 +1303,7 @@ def main(args: Args) -> None:
     plots["words_plot"] = words_plot(results, measured)
     plots["equal_time_plot"] = equal_time_plot(results, speeds)
     rows = conversion.read_results(args.results.with_name(conversion.RESULTS.name))
-    rows = [row for row in rows if row["dataset"] == dataset]
+    rows = [row for row in rows if row["dataset"] == (dataset or dataset_of("modern"))]
     parts["convert"] = conversion_part(rows, results)
     plots["convert"] = conversion_plot(rows, results) if rows else None
     if decode := read_json(args.results.with_name("decode.json")):

@@ -63,7 +63,6 @@ from support.cli import run_command
 from support.corpora import DATA
 from support.files import sha256_of, write_atomically
 from support.machine import Machine, attention_kernels, can_compile, pick_device
-from support.muon import Muon
 from support.progress import source_of
 from support.provenance import ROOT, provenance
 from support.run_folder import FORMAT, append_line, drop_cut_line
@@ -220,20 +219,6 @@ def loss_by_position(model: GPT, ids: Tensor, machine: Machine) -> list[list]:
     return [[a, sum(mean[a:b]) / (b - a)] for a, b in itertools.pairwise(edges)]
 
 
-def heads_one_by_one(model: GPT) -> list[dict]:
-    """Muon's groups in which the matrices of each head take steps of their own."""
-    groups = []
-    for block in model.blocks:
-        attn = block.attn
-        n, g = attn.n_head, getattr(attn, "g", 1)
-        heads = dict(q=n, k=g, v=g, o=-n) if hasattr(attn, "g") else dict(q=n, o=-n)
-        for name, p in block.named_parameters():
-            if p.dim() == 2:
-                leaf = name.removeprefix("attn.").removesuffix(".weight")
-                groups.append(dict(params=[p], heads=heads.get(leaf, 0)))
-    return groups
-
-
 class Training:
     """A run while it is trained: train.py's recipe, made ready for one CUDA graph."""
 
@@ -244,13 +229,11 @@ class Training:
         self.args = Train(
             model=cfg, batch_size=run.batch_size, max_iters=run.max_iters, learning_rate=run.lr,
             warmup_iters=run.max_iters // 20, seed=run.seed,
-            optimizer=run.optimizer.removesuffix("_heads"),
+            optimizer=run.optimizer,
         )  # fmt: skip
         torch.manual_seed(run.seed)
         self.model = build(run).to(device).train()
         self.optimizer = make_optimizer(self.model, self.args)
-        if run.optimizer == "muon_heads":
-            self.optimizer.muon = Muon(heads_one_by_one(self.model), weight_decay=0.1)
         self.fixed_shapes = cfg.n_expert == 0  # an expert's share is known only as it runs
         # Or the models of earlier runs would count as recompilations of this one: they are limited.
         torch.compiler.reset()

@@ -75,7 +75,7 @@ class Arm(NamedTuple):
     size: str = "30M"
     build: str = ""  # see build(): "deepseek_init", "attention_0.02", or one of Table 6's hybrids
     matched: bool = True  # the FFN takes what the attention saves
-    optimizer: str = "adamw"  # of train.py, or "muon_heads": Muon that takes heads one by one
+    optimizer: str = "adamw"  # of train.py
 
 
 # Fields of Config, on top of a size's.
