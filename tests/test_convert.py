@@ -386,6 +386,6 @@ def test_the_table_has_the_best_rate_of_each_length_and_the_loss_from_scratch(mo
     assert one.losses == {0: 5.0, 1: 3.5} and one.scratch == pytest.approx(3.1)
     cells = plot.conversion_part(made, results).splitlines()[2].split(" | ")
     assert cells == ["| MQA", "64", "12.50%", "3.00M", "148.41", "33.12", "22.20 |"]
-    assert "abcdefg, `python experiments/study/conversion.py`" in plot.conversion_part(made, results)
+    assert "x, torch 2, commit abcdefg." in plot.conversion_part(made, results)
     assert plot.conversion_part([], results) == "Not made yet."
     assert len(plot.conversion_plot(made, results).axes) == 1

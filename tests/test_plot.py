@@ -10,7 +10,8 @@ import torch
 from runs import ROOT, command
 from study_rows import row
 
-from experiments.study import plot, studies
+from experiments.bench import sharding, training
+from experiments.study import conversion, plot, studies
 from experiments.study.studies import (
     FIGURE1,
     FIGURE3,
@@ -75,17 +76,8 @@ def test_the_page_shows_the_committed_results(tmp_path):
     """python experiments/study/plot.py was run after the last change of results, tables or arms."""
     page, results = tmp_path / "RESULTS.md", tmp_path / "results" / "study.jsonl"
     results.parent.mkdir()
-    for name in (
-        "study.jsonl",
-        "decode.json",
-        "train.json",
-        "copying.jsonl",
-        "rounding.jsonl",
-        "words.jsonl",
-        "equal_time.jsonl",
-    ):
-        if studies.RESULTS.with_name(name).exists():
-            shutil.copy(studies.RESULTS.with_name(name), results.with_name(name))
+    for path in studies.RESULTS.parent.glob("*.json*"):
+        shutil.copy(path, results.with_name(path.name))
     shutil.copy(PAGE, page)
     assert command(plot.main, plot.Args, [f"--results={results}", f"--page={page}"]) == 0
     assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
@@ -124,7 +116,7 @@ def test_what_the_findings_say_is_in_the_results():
         return statistics.mean(row["ppl"] for row in results.of(study, arm, factor))
 
     adamw = {arm: ppl("figure1", arm) for arm in FIGURE1}
-    muon = {arm: ppl("modern", arm) for arm in ("mha", "gqa2", "mfa", "mfa_half", "mqa", "mqa_16", "mla_joint", "mfa_kr", "mfa_kr_half_norm", "mfa_kr_v4")}
+    muon = {arm: ppl("modern", arm) for arm in studies.MODERN if results.of("modern", arm)}
     assert f"Muon takes MHA from {adamw['mha']:.1f} to {muon['mha']:.1f}" in text
     assert f"MFA with C = 2d is as good as MHA ({adamw['mfa_2d']:.1f})" in text
     assert f"GQA with 2 of 8 heads slightly worse ({adamw['gqa2']:.1f})" in text
@@ -138,6 +130,11 @@ def test_what_the_findings_say_is_in_the_results():
     assert abs(narrow - adamw["mfa_kr"]) < 0.4  # as good as MFA-KR
     assert f"with Muon much worse ({muon['mqa_16']:.1f})" in text
     assert f"DeepSeek-V4's core, which has no gate and a wider query, is at {muon['mfa_kr_v4']:.1f}" in text
+    assert f"It takes MHA from {muon['mha']:.1f} to {muon['mha_norm']:.1f} with Muon, the best of all here" in text
+    assert muon["mha_norm"] == min(muon.values())
+    assert f"wider query does not help MFA ({muon['mfa_step3']:.1f})" in text and muon["mfa"] < muon["mfa_step3"]
+    parts = [muon[arm] for arm in ("mfa_kr_inverse", "mfa_kr_half", "mfa_kr_half_norm")]
+    assert "turned back {:.1f}, half rotated as well {:.1f}, with the norm {:.1f}".format(*parts) in text
     assert f"With Muon it is slightly worse than without ({muon['mfa_half']:.1f})" in text and muon["mfa"] < muon["mfa_half"]
     reused = [ppl("question_a", arm, 10 / 7) for arm in ("pre", "inverse", "post")]
     assert reused == sorted(reused) and f"(`pre`) are best, {reused[0]:.1f}" in text and f"clearly worse, {reused[2]:.1f}" in text
@@ -165,6 +162,37 @@ def test_what_the_findings_say_is_in_the_results():
     for study in ("table3", "table4", "table5", "table6"):
         pairs = re.search(r"(\d+ of \d+) pairs", plot.order(results, study))[1]
         assert re.search(rf"{pairs} (pairs )?of Table {study[-1]}", text)
+
+
+def test_what_is_said_of_muon_by_heads_of_conversion_and_of_several_gpus_is_in_the_results():
+    text = " ".join((ROOT / "experiments" / "README.md").read_text(encoding="utf-8").split())
+    results = plot.Results(read_results(studies.RESULTS))
+    gains = {}
+    for attn in ("mha", "mfa"):
+        stacked, apart = ([row["val_loss"] for row in results.of("muon_heads", f"{attn}_{how}")] for how in ("stacked", "apart"))
+        assert len(apart) == 3 and all(a < s for a, s in zip(apart, stacked, strict=True))
+        gains[attn] = statistics.mean(stacked) - statistics.mean(apart)
+    assert f"by {gains['mha']:.3f} nats for MHA and {gains['mfa']:.3f} for MFA" in text
+    made = {one.attn: one for one in plot.converted(conversion.read_results(conversion.RESULTS), results)}
+    ends = {attn: math.exp(list(one.losses.values())[-1]) for attn, one in made.items()}
+    sentence = "a GQA of {gqa:.1f}, an MLA of {mla:.1f}, an MFA of {mfa:.1f}, an MFA-KR of {mfa_kr:.1f}"
+    assert sentence.format(**ends) in text
+    scratch = {attn: math.exp(one.scratch) for attn, one in made.items()}
+    assert "From scratch: {gqa:.1f}, {mla:.1f}, {mfa:.1f}, {mfa_kr:.1f}".format(**scratch) in text
+    train = read_json(studies.RESULTS.with_name("train.json"))
+    nano = train["baby"]["nanoGPT"]["seconds_to_target"]
+    quick = {row["flags"]: row["timed"]["seconds_to_target"] or math.inf for row in train["baby"]["quick"]}
+    muon, adamw = (min(s for flags, s in quick.items() if name in flags) for name in ("muon", "adamw"))
+    assert f"({muon:.1f} s against {nano:.1f}, one H200" in text and f"with AdamW in {adamw:.1f} s" in text
+    assert round(nano / muon) == 15 and nano / muon > 11
+    rows = train["muon"]["rows"]
+    shares = {size: [training.added(row, "muon") for name, row in rows.items() if size in name] for size in ("small", "baby")}
+    assert f"Muon adds {max(shares['small']):.1%} to a step of the preset small at most, but" in text
+    assert f"{min(shares['baby']) * 100:.0f} to {max(shares['baby']):.0%} to the 4 ms of baby's" in text
+    two = read_json(studies.RESULTS.with_name("many_gpus.json"))["speed"]["figures"][1]
+    assert two["processes"] == 2 and f"train {2 * two['scaling']:.2f} times as fast as one" in text
+    large = next(row for row in sharding.read(sharding.RESULTS) if row["preset"] == "paper-7b" and row["shard"])
+    assert f"a context of {large['context']:,} does, at {large['tokens_per_s']:,.0f} tokens/s" in text
 
 
 def test_order_names_the_pairs_that_differ():

@@ -62,6 +62,7 @@ NOT_RUN = {
     "python experiments/study/words.py --checkpoint FILE --blimp FILE": "tests/test_words.py does it with a few pairs",
     "python experiments/bench/equal_time.py": "needs a GPU; tests/test_equal_time.py runs it at toy size",
     "python experiments/bench/sharding.py --processes 2 --preset small --shard": "needs GPUs; tests/test_sharding_bench.py runs it at toy size",
+    "python experiments/probes/many_gpus.py --processes 8": "needs GPUs; tests/test_many_gpus.py runs it at toy size",
     "pip install .": "the same but for what may be edited",
     "python -m pytest": ".ci/run does it, or you do",
     "python train.py --preset small --tokenizer gpt2 --dataset wikitext-2": "a download; the next one runs with other text",
@@ -77,7 +78,6 @@ NOT_RUN = {
     "python docs/quick_start.py": "minutes; the quick start's commands are run for two steps",
     "python experiments/bench/decoding.py --nanogpt FOLDER": "needs a checkout of nanoGPT and a GPU",
     "python experiments/probes/copying.py --jobs 2": "half an hour; tests/test_copying.py runs it for two steps",
-    "python experiments/probes/copying.py --jobs 1": "the same, one run after the other",
     "python experiments/probes/rounding.py": "three quarters of an hour; tests/test_rounding.py runs it with small models",
     "python train.py --attn mfa --optimizer muon --learning_rate 1e-2 --batch_size 32 --max_iters 700 --seed 1337":
         "minutes; tests/test_live.py takes what it made",

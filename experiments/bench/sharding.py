@@ -217,6 +217,10 @@ def torchrun(args: Bench, context: int) -> bool:
     return done.returncode == 0
 
 
+def read(path: Path) -> list[dict]:
+    return read_jsonl(path, "sharding.py", lambda row: [row[name] for name in SETTING])
+
+
 def table(rows: list[dict]) -> str:
     """What fits and how fast, as Markdown, one row a setting: the last measured."""
     lines = [
@@ -258,8 +262,7 @@ def main(args: Bench) -> None:
         print(f"{context}: out of memory", flush=True)
         row = setting(args, context) | dict(fits=False, **provenance())
         append_line(args.results, row)
-    rows = read_jsonl(args.results, "sharding.py", lambda row: [row[name] for name in SETTING])
-    print(f"{table(rows)}\nin {args.results}")
+    print(f"{table(read(args.results))}\nin {args.results}")
 
 
 if __name__ == "__main__":

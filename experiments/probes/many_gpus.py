@@ -194,6 +194,28 @@ def handed(args: Args, alone: Path, folder: Path) -> dict:
     return result
 
 
+def tables(results: dict) -> str:
+    """What was measured, as Markdown."""
+    lines = []
+    if part := results.get("speed"):
+        lines += ["| GPUs | tokens/s | of as many times one | peak GB each |"]
+        lines += ["|---:|---:|---:|---:|"]
+        for row in part["figures"]:
+            figures = f"{row['tokens_per_s']:,.0f} | {row['scaling']:.1%}"
+            lines.append(f"| {row['processes']} | {figures} | {row['peak_bytes'] / 1e9:.1f} |")
+    handed = results.get("handed", {}).get("figures", {})
+    ends = {f"{first} processes": found for first, found in handed.items()}
+    if part := results.get("killed"):
+        ends = {f"one of {part['processes']} killed": part["figures"]} | ends
+    if ends:
+        lines += ["", "| | goes on from step | loss at its end | apart from the run left alone |"]
+        lines += ["|---|---:|---:|---:|"]
+    for name, found in ends.items():
+        at = ", ".join(map(str, found["resumed_at"]))
+        lines.append(f"| {name} | {at} | {found['val_loss']:.5f} | {found['difference']:.0e} |")
+    return "\n".join(lines).strip()
+
+
 def main(args: Args) -> None:
     require_at_least_1(args, "processes", "steps", "every", "batch_size")
     require_other_results(args, RESULTS)

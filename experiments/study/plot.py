@@ -8,7 +8,6 @@ whose runs was made says so. Seeds are shown as mean ± standard deviation (of t
 import itertools
 import math
 import os
-import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiments.bench import decoding, equal_time
+from experiments.bench import decoding, equal_time, sharding
 from experiments.bench import training as training_bench
 from experiments.paper.hybrids import HYBRIDS, measured_cache_bytes
 from experiments.paper.tables import FIGURE1_MLA
-from experiments.probes import copying, rounding
+from experiments.probes import copying, many_gpus, rounding
 from experiments.study import conversion, words
 from experiments.study.studies import (
     ADAMW_ARMS,
@@ -605,16 +604,13 @@ PARTS = {
 
 
 def origin_of(rows: Iterable[dict]) -> str:
-    """Where, and by which commands under their names of today, results were made."""
-
-    def origin(row: dict) -> str:
-        script = re.sub(
-            r"experiments/(?:probes/)?(?!study/)", "experiments/probes/", row["command"]
+    """On what, and by which commit, results were made. Their files have the commands, too."""
+    return "\n".join(
+        dict.fromkeys(
+            f"{row['device']}, torch {row['versions']['torch']}, commit {row['commit'][:7]}."
+            for row in rows
         )
-        made = f"torch {row['versions']['torch']}, commit {row['commit'][:7]}, `{script}`."
-        return f"{row['device']}, {made}"
-
-    return "\n".join(dict.fromkeys(map(origin, rows)))
+    )
 
 
 def copying_part(rows: dict[tuple[str, int], dict]) -> str:
@@ -1248,7 +1244,7 @@ def conversion_plot(rows: list[dict], results: Results) -> Figure:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ticks = sorted(set(seen))
-    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
     shares = ", ".join(f"{share:.0%}" for share in conversion.SHARES)
@@ -1310,6 +1306,14 @@ def main(args: Args) -> None:
         parts["shapes"] = shapes_part(decode)
         parts["decode"] = decoding.grid_tables(decode)
         plots |= decoding.plots(decode)
+    rows = sharding.read(args.results.with_name(sharding.RESULTS.name))
+    if rows:
+        parts["sharding"] = sharding.table(rows)
+    for name in ("many_gpus", "many_gpus_cpu"):
+        if found := read_json(args.results.with_name(f"{name}.json")):
+            if name.endswith("cpu"):
+                del found["speed"]  # of toys
+            parts[name] = f"{many_gpus.tables(found)}\n\n{origin_of(found.values())}"
     if train := read_json(args.results.with_name("train.json")):
         parts["training"] = training_bench.table(train).strip()
     text = args.page.read_text(encoding="utf-8")
