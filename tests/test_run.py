@@ -212,7 +212,7 @@ def test_runs_are_shared_out_over_all_gpus(folder, tmp_path, monkeypatch):
 
 
 def test_jobs_on_one_device_take_turns_at_training(folder, monkeypatch):
-    """A run that has compiled waits for its turn, trains, evaluates and lets go; the wait is not among its seconds."""
+    """A run that has compiled waits for its turn, trains, lets go and is evaluated; the wait is not among its seconds."""
 
     class Turn:
         def __enter__(self):
@@ -236,8 +236,8 @@ def test_jobs_on_one_device_take_turns_at_training(folder, monkeypatch):
         "taken",
         "step",
         "evaluated",
-        "evaluated",
         "given back",
+        "evaluated",
     ]
     assert found["seconds"] < 1000
 
@@ -546,11 +546,11 @@ def test_the_queue_stops_at_the_limit_and_goes_on_in_the_next_call(
     assert call(folder.parent, *flags) == 0
     assert "stopped at step 3 of 4, kept in" in capsys.readouterr().out
     states = sorted(file.name for file in kept.glob("*.state.pt"))
-    assert len(states) == 10 and states[0] == "muon_heads-mfa_apart-0.0042-1.state.pt"
+    assert len(states) == 14 and states[0] == "muon_heads-mfa_30m-0.003-0.state.pt"
     assert len(read_results(path)) == 2  # before the time was up
     assert call(folder.parent, *flags[:-1]) == 0
     rows = read_results(path)
-    assert len(rows) == 12 and [row["stops"] for row in rows] == [[]] * 2 + [[3]] * 10
+    assert len(rows) == 16 and [row["stops"] for row in rows] == [[]] * 2 + [[3]] * 14
     weights = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in kept.iterdir()}
     assert {row["weights"]["file"]: row["weights"]["sha256"] for row in rows} == weights
 

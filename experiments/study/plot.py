@@ -33,9 +33,9 @@ from experiments.study.studies import (
     GRID,
     LENGTH,
     MODERN,
+    MODERN_CORE,
     MUON_ARMS,
     MUON_GRID,
-    MUON_HEADS,
     QUESTION_A,
     QUEUE,
     RESULTS,
@@ -350,16 +350,28 @@ def ratio_part(results: Results) -> str:
     return "\n\n".join(["## The paper's ratio of tokens to parameters", setting, *texts])
 
 
+# (study, arm) of the stacked one, arm of the other, size
+HEADS = [
+    *((("muon_heads", f"{attn}_stacked"), f"{attn}_apart", "7M") for attn in ("mha", "mfa")),
+    *((("modern", arm), f"{arm}_30m", "30M") for arm in MODERN_CORE[:4]),
+]
+
+
 def muon_heads_part(results: Results) -> str:
     body = []
-    for arm, a in MUON_HEADS.items():
-        rows = results.of("muon_heads", arm)
-        body.append([a.name, str(len(rows)), outcome(rows, "val_loss", 4)])
-    if not any(results.of("muon_heads", arm) for arm in MUON_HEADS):
+    for (study, arm), apart, size in HEADS:
+        of = {row["seed"]: row for row in results.of("muon_heads", apart)}
+        rows = [row for row in results.of(study, arm, 1) if row["seed"] in of]
+        if rows:
+            pair = rows, [of[row["seed"]] for row in rows]
+            losses = (outcome(made, "val_loss", 4) for made in pair)
+            name = rows[0]["name"].removesuffix(", heads stacked")
+            body.append([name, size, str(len(rows)), *losses])
+    if not body:
         return ""
-    question = "Does Muon do better on heads one by one than on the matrix that stacks them?"
-    head = ["", "seeds", "loss, nats per token"]
-    return "\n\n".join([f"{question} At 7M parameters:", table(head, body)])
+    question = "Does Muon do better on heads one by one (`muon_heads`) than on the stacked matrix?"
+    head = ["", "parameters", "seeds", "loss, nats per token, stacked", "one by one"]
+    return "\n\n".join([question, table(head, body)])
 
 
 def table_part(study: str, *pairs: tuple[str, str]) -> Callable[[Results], str]:

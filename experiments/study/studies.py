@@ -246,7 +246,10 @@ MODERN = {
         "MLA as DeepSeek-V2-Lite's", MLA_DEEPSEEK, build="deepseek_init", **MUON
     ),
 }
-# Does Muon do better on heads one by one than on the matrix that stacks them?
+BEST_KR = "mfa_kr_half_norm"  # of MODERN's MFA-KRs
+MODERN_CORE = ("mha", "mfa", "mqa", BEST_KR, "mla_joint", "gqa2")  # what the claims rest on
+# Does Muon do better on heads one by one than on the matrix that stacks them? At 30M the stacked
+# ones are MODERN's.
 MUON_HEADS = {
     f"{name}_{how}": Arm(f"{title}, {text}", model, size="7M, Muon", optimizer=optimizer)
     for name, title, model in (("mfa", "MFA", MFA), ("mha", "MHA", MHA))
@@ -254,12 +257,15 @@ MUON_HEADS = {
         ("stacked", "heads stacked", "muon"),
         ("apart", "heads one by one", "muon_heads"),
     )
+} | {
+    f"{arm}_30m": MODERN[arm]._replace(
+        name=f"{MODERN[arm].name}, heads one by one", optimizer="muon_heads"
+    )
+    for arm in MODERN_CORE[:4]
 }
 # Figure 1 at the paper's ratio of tokens to parameters, by both recipes.
-BEST_KR = "mfa_kr_half_norm"  # of MODERN's MFA-KRs
 RATIO = {
-    f"muon_{arm}": MODERN[arm]._replace(size="30M, ratio, Muon")
-    for arm in ("mha", "mfa", "mqa", BEST_KR, "mla_joint", "gqa2")
+    f"muon_{arm}": MODERN[arm]._replace(size="30M, ratio, Muon") for arm in MODERN_CORE
 } | {
     f"adamw_{arm}": a._replace(size="30M, ratio", paper="")
     for arm, a in (*((arm, FIGURE1[arm]) for arm in ("mha", "mfa", "mqa", "mfa_kr")),
@@ -273,11 +279,13 @@ STUDIES = dict(**ADAMW_STUDIES, modern=MODERN, ratio=RATIO, muon_heads=MUON_HEAD
 
 # What is trained first: the arms that the claims rest on, then Table 4, question A and the rest of
 # Figure 1, with all their seeds; one seed of everything; the other seeds. Then the modern recipe,
-# its rates before its seeds, and the paper's ratio, Muon's arms first: their seeds lie closer.
+# its rates before its seeds, and the paper's ratio, Muon's arms first: their seeds lie closer. Last
+# what is left of the modern recipe.
 # (study, arms, learning rates as factors of the size's, seeds)
 ROTATED = ("pre", "post", "inverse")
 AT_ONE_RATE = ("table6", "length", "question_a", "why", "figure3", "question_b")
 MUON_ARMS, ADAMW_ARMS = tuple(RATIO)[:6], tuple(RATIO)[6:]
+HEADS_7M, HEADS_30M = tuple(MUON_HEADS)[:4], tuple(MUON_HEADS)[4:]
 QUEUE = [
     ("figure1", CORE, (1,), (0,)),
     ("figure1", CORE, GRID, SEEDS),
@@ -288,8 +296,10 @@ QUEUE = [
     *((study, STUDIES[study], GRID, SEEDS) for study in ("table3", "table5")),
     *((study, STUDIES[study], (1,), SEEDS) for study in AT_ONE_RATE),
     ("modern", MODERN, (1,), (0,)),
-    ("modern", MODERN, MUON_GRID, (0,)),
-    ("modern", MODERN, BEST, SEEDS),
+    ("muon_heads", HEADS_7M, (1,), SEEDS),
+    ("modern", MODERN_CORE, MUON_GRID, (0,)),
+    ("modern", MODERN_CORE, BEST, SEEDS[:2]),
+    ("muon_heads", HEADS_30M, (1,), (0,)),
     ("ratio", MUON_ARMS, (1,), (0,)),
     ("ratio", ADAMW_ARMS[:4], (1,), (0,)),
     ("ratio", MUON_ARMS[:2], MUON_GRID, (0,)),
@@ -297,7 +307,8 @@ QUEUE = [
     ("ratio", ADAMW_ARMS, (1,), (0,)),
     ("ratio", ADAMW_ARMS[:2], GRID, (0,)),
     ("ratio", ADAMW_ARMS[:4], BEST, SEEDS[:2]),
-    ("muon_heads", MUON_HEADS, (1,), SEEDS),
+    ("modern", MODERN, MUON_GRID, (0,)),
+    ("modern", MODERN, BEST, SEEDS),
 ]
 
 
