@@ -203,8 +203,14 @@ def advice(folder: Path = RESULTS) -> str:
     measured = Measured(folder)
     mla = speeds(measured.decode, "mla").get("joint")
     slower = f" ({mla['tokens_per_s']:,.0f} tokens/s)" if mla else ""
+    plain = measured.ppl("mha")
     rows = [
-        ("all of it", "MHA", "mha", "Nothing here is better, whatever its cache."),
+        (
+            "all of it",
+            "MHA",
+            "mha_norm",
+            f"Nothing here is better, whatever its cache. Without the norm: {plain}.",
+        ),
         (
             "a quarter",
             "GQA, 2 of 8 heads",
