@@ -573,14 +573,16 @@ document.querySelector("iframe").onload = (event) => {
   });
   const place = at("calc-serving").closest(".scroll"), fades = () => ["more-left", "more-right"].map((name) => place.classList.contains(name));
   const wait = () => new Promise((resolve) => setTimeout(resolve, 150));
+  const until = async (ready) => { for (let i = 0; i < 20 && !ready(); i++) await wait(); };  // a busy machine is slow to lay out
+  const figures = () => [...doc.querySelectorAll("figure .scroll")].map((figure) => [figure.scrollWidth > figure.clientWidth + 1, figure.classList.contains("more-right")]);
   (async () => {
-    await wait();
+    await until(() => fades()[1]);
     found.start = [...fades(), place.tabIndex];
     place.scrollLeft = 1e6;
     place.dispatchEvent(new Event("scroll"));  // no frame is drawn here that would send one
-    await wait();
+    await until(() => fades()[0] && figures().every(([wider, fading]) => wider === fading));
     found.end = fades();
-    found.figures = [...doc.querySelectorAll("figure .scroll")].map((figure) => [figure.scrollWidth > figure.clientWidth + 1, figure.classList.contains("more-right")]);
+    found.figures = figures();
     document.getElementById("probe").textContent = JSON.stringify(found);
   })();
 };</script>"""
@@ -731,7 +733,7 @@ def phone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phone")
     shutil.copy(INDEX, folder / "index.html")
     (folder / "phone.html").write_text(PHONE, encoding="utf-8")
-    return probed(browse(folder / "phone.html")[0])
+    return probed(browse(folder / "phone.html", seconds=8)[0])
 
 
 @browser
