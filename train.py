@@ -71,7 +71,7 @@ class Train:
     batch_size: int = 16  # sequences per step, over all processes and accumulation steps
     grad_accum: int = 1  # pieces each process cuts its share of the batch into, to save memory
     optimizer: Literal["adamw", "muon", "muon_heads"] = "adamw"
-    """muon: of the blocks' matrices, and adamw for others; muon_heads: each head's by itself."""
+    """muon: of the blocks' matrices, and adamw for others; muon_heads: of heads one by one."""
     learning_rate: float = 3e-3  # peak, after the warm-up
     min_lr: float = 1e-5  # end of the cosine decay
     warmup_iters: int = 100  # steps of linear warm-up

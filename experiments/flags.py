@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from support.cli import BadInput
 
 
@@ -18,6 +20,14 @@ def require_positive(args: Any, *names: str) -> None:
         got = getattr(args, name)
         if not got > 0:
             raise BadInput(f"--{name} must be positive, not {got}")
+
+
+def require_gpus(args: Any) -> None:
+    """One for each of --processes, but with --smoke."""
+    n = torch.cuda.device_count()
+    if not args.smoke and n < args.processes:
+        what = f"this machine has {n} GPUs; --smoke shows that it runs"
+        raise BadInput(f"--processes {args.processes}: {what}")
 
 
 def require_other_results(args: Any, committed: Path) -> None:

@@ -41,11 +41,15 @@ def provenance(device: torch.device | str = "cpu") -> dict:
 
 
 def command() -> str:
-    """This process' command line, absolute paths without their folders."""
+    """This process' command line, absolute paths without their folders, also behind a --flag=."""
     script = Path(sys.argv[0]).resolve()
     inside = script.is_relative_to(ROOT)
     name = script.relative_to(ROOT).as_posix() if inside else Path(sys.argv[0]).name
-    flags = [Path(flag).name if Path(flag).is_absolute() else flag for flag in sys.argv[1:]]
+    flags = []
+    for word in sys.argv[1:]:
+        flag, equals, value = word.rpartition("=")
+        value = Path(value).name if Path(value).is_absolute() else value
+        flags.append(f"{flag}{equals}{value}")
     return " ".join(["python", name, *flags])
 
 

@@ -57,6 +57,9 @@ def test_it_goes_on_where_it_stopped_and_stops_in_time(tmp_path, monkeypatch, ca
     def call(*more) -> int:
         return command(equal_time.main, equal_time.Args, [*flags, *more])
 
+    assert call("--shapes", "1B", f"--results={tmp_path / 'one.jsonl'}") == 0
+    assert {shape for shape, _, _ in equal_time.read(tmp_path / "one.jsonl")} == {"1B"}
+    capsys.readouterr()
     assert call("--limit_seconds=1e-9") == 0 and not path.exists()
     assert "out of time: 30M train mha" in capsys.readouterr().out
     assert call() == 0

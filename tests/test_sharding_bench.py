@@ -20,7 +20,26 @@ def test_two_processes_on_a_cpu_leave_a_row_with_figures_and_their_origin(tmp_pa
     _, of_weights, _ = operations(sizes(Bench("paper-7b", smoke=True), 32))
     assert row["share_of_rate"] == pytest.approx(row["tokens_per_s"] / 2 * of_weights / row["matrix_flops"])
     assert row["commit"] and row["versions"]["torch"] and str(tmp_path) not in row["command"]
-    assert "| paper-7b, mfa | 2 | yes | yes | 1 x 32 |" in capsys.readouterr().out
+    assert "| paper-7b, mfa | 2 | yes | yes | adamw, eager, random | 1 x 32 |" in capsys.readouterr().out
+
+
+def test_a_text_in_pieces_tells_the_loss_of_every_step(tmp_path, data):
+    results, folder = tmp_path / "sharding.jsonl", next(data.glob("*/meta.json")).parent
+    flags = ["--smoke", "--processes=1", "--steps=8", "--grad_accum=2", "--sequences=4", "--learning_rate=1e-2", "--contexts", 32]
+    assert command(main, Bench, [*flags, f"--text={folder}", f"--results={results}"]) == 0
+    (row,) = map(json.loads, results.read_text().splitlines())
+    assert row["tokens_per_s"] == pytest.approx(2 * 4 * 32 / row["ms"] * 1e3)
+    assert (row["text"], row["learning_rate"], len(row["losses"])) == (folder.name, 0.01, 10)
+    assert row["losses"][-1] < row["losses"][0] - 0.5  # of real text, which can be learnt
+
+
+@pytest.mark.parametrize("text, says", [("none", "there is no such folder"), ("wide", "tokens in its vocabulary, the model 300")])
+def test_a_text_that_does_not_fit_is_refused_before_anything_starts(text, says, tmp_path, capsys, monkeypatch):
+    if text == "wide":
+        monkeypatch.setattr(sharding, "load", lambda folder: (None, None, dict(vocab_size=301)))
+    monkeypatch.setattr(sharding, "torchrun", None)
+    assert command(main, Bench, ["--smoke", f"--text={tmp_path / text}", f"--results={tmp_path / 'r.jsonl'}"]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_the_longest_context_that_fits_is_looked_for(tmp_path, capsys, monkeypatch):

@@ -28,7 +28,12 @@ import torch
 import torch.distributed as dist
 
 from experiments.bench.training import matrix_rate
-from experiments.flags import require_at_least_1, require_other_results, require_positive
+from experiments.flags import (
+    require_at_least_1,
+    require_gpus,
+    require_other_results,
+    require_positive,
+)
 from mfa import GPT, Config, preset
 from prepare_data import load
 from support.cli import BadInput, run_command
@@ -48,7 +53,7 @@ from train import (
 RESULTS = ROOT / "experiments" / "results" / "sharding.jsonl"
 SETTING = (
     "preset", "attn", "processes", "shard", "checkpoint_blocks", "compile", "optimizer",
-    "grad_accum", "sequences",
+    "grad_accum", "sequences", "text",
 )  # fmt: skip
 
 
@@ -62,7 +67,7 @@ class Bench:
     shard: bool = False  # as in train.py
     checkpoint_blocks: bool = False  # as in train.py
     compile: bool = False  # as in train.py
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "muon_heads"] = "adamw"
     sequences: int = 1  # of each process in a piece of a step
     grad_accum: int = 1  # pieces of each process in a step
     contexts: tuple[int, ...] = (16384, 8192, 4096, 2048, 1024)  # tried in this order
@@ -160,11 +165,7 @@ def batches_of(args: Bench, recipe: Train, machine: Machine) -> Callable[[int], 
     """step -> this process' pieces of its batch, each (sequences, T + 1)."""
     if args.text:
         train_ids, val_ids, meta = load(args.text)
-        if meta["vocab_size"] > recipe.model.vocab_size:
-            what = f"has {meta['vocab_size']} tokens, the model {recipe.model.vocab_size}"
-            raise BadInput(f"--text {args.text} {what}: give another")
-        ids = to_device(train_ids, machine.device), to_device(val_ids, machine.device)
-        text = Tokens(args.text, *ids, meta)
+        text = Tokens(args.text, to_device(train_ids, machine.device), val_ids, meta)
         return lambda step: text.batches(recipe, step, machine)
     torch.manual_seed(machine.rank)
     shape = args.grad_accum, args.sequences, recipe.model.block_size + 1
@@ -174,8 +175,8 @@ def batches_of(args: Bench, recipe: Train, machine: Machine) -> Callable[[int], 
 
 def setting(args: Bench, context: int) -> dict:
     named = {name: getattr(args, name) for name in SETTING}
-    text = args.text.name if args.text else "random"
-    return named | dict(context=context, steps=args.steps, text=text)
+    named["text"] = args.text.name if args.text else "random"
+    return named | dict(context=context, steps=args.steps, learning_rate=args.learning_rate)
 
 
 def one_process(args: Bench) -> None:
@@ -224,14 +225,15 @@ def read(path: Path) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """What fits and how fast, as Markdown, one row a setting: the last measured."""
     lines = [
-        "| | GPUs | sharded | blocks twice | sequences of one | tokens/s | share of bf16 rate "
-        "| with attention | peak GB |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|",
+        "| | GPUs | sharded | blocks computed twice | how | batch of each GPU | tokens/s "
+        "| share of bf16 rate | with attention | peak GB |",
+        "|---|---:|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    last = {tuple(row[name] for name in (*SETTING, "text")): row for row in rows}
+    last = {tuple(row[name] for name in SETTING): row for row in rows}
     for row in last.values():
         yes = ["yes" if row[name] else "no" for name in ("shard", "checkpoint_blocks")]
-        cells = [f"{row['preset']}, {row['attn']}", str(row["processes"]), *yes]
+        how = [row["optimizer"], "compiled" if row["compile"] else "eager", row["text"]]
+        cells = [f"{row['preset']}, {row['attn']}", str(row["processes"]), *yes, ", ".join(how)]
         if row["fits"]:
             shares = (f"{row[name]:.0%}" for name in ("share_of_rate", "share_with_attention"))
             pieces = f"{row['grad_accum']} x " if row["grad_accum"] > 1 else ""
@@ -250,17 +252,21 @@ def main(args: Bench) -> None:
     if "RANK" in os.environ:
         return one_process(args)
     require_other_results(args, RESULTS)
-    if not args.smoke and torch.cuda.device_count() < args.processes:
-        here = f"this machine has {torch.cuda.device_count()} GPUs"
-        raise BadInput(f"--processes {args.processes}: {here}; --smoke shows that it runs")
+    require_gpus(args)
     if not args.contexts or min(args.contexts) < 1:
         raise BadInput(f"--contexts {args.contexts}: give one or more, each at least 1")
+    if args.text:
+        n_vocab, ours = load(args.text)[2]["vocab_size"], sizes(args, args.contexts[0]).vocab_size
+        if n_vocab > ours:
+            what = f"has {n_vocab} tokens in its vocabulary, the model {ours}"
+            raise BadInput(f"--text {args.text} {what}: give another")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     for context in args.contexts:
         if torchrun(args, context):
             break
         print(f"{context}: out of memory", flush=True)
-        row = setting(args, context) | dict(fits=False, **provenance())
+        device = "cpu" if args.smoke else "cuda"
+        row = setting(args, context) | dict(fits=False, **provenance(device))
         append_line(args.results, row)
     print(f"{table(read(args.results))}\nin {args.results}")
 

@@ -517,7 +517,7 @@ def steps(args: Bench) -> dict:
 def muon(args: Bench) -> dict:
     """Steps with either optimizer, on the same model.
 
-    small's recipe takes a step after 16 pieces of a batch: one piece is timed, and share counts 16.
+    small's recipe takes a step after 16 pieces of a batch: one is timed, and added() counts 16.
     """
     rounds = (2, 2) if args.smoke else (9, 20)
     rows: dict[str, dict] = {}
@@ -530,9 +530,10 @@ def muon(args: Bench) -> dict:
             adamw = our_step(cfg, batch, machine, compile=machine.device.type == "cuda")
             steps = dict(adamw=adamw)
             for optimizer in ("muon", "muon_heads"):
-                steps[optimizer] = other = copy(adamw)
+                other = copy(adamw)
                 other.optimizer = make_optimizer(adamw.model, Train(model=cfg, optimizer=optimizer))
                 set_learning_rate(other.optimizer, 1e-5)
+                steps[optimizer] = other
             for step in [*steps.values()] * 5:
                 step()
             ms = in_turn(steps, machine.device, *rounds)
@@ -662,7 +663,7 @@ def steps_table(part: dict) -> list[str]:
 
 def muon_table(part: dict) -> list[str]:
     lines = [f"Muon beside AdamW, {part['device']}, in turn:", ""]
-    kinds = {"muon": "Muon", "muon_heads": "Muon by heads"}  # older results have not both
+    kinds = {"muon": "Muon", "muon_heads": "Muon, heads one by one"}  # older results have not both
     kinds = {k: v for k, v in kinds.items() if all(k in row["ms"] for row in part["rows"].values())}
     heads = ["", "sequences", "ms, AdamW", *(f"ms, {name}" for name in kinds.values())]
     heads += [f"{name} adds, of the recipe's step" for name in kinds.values()]

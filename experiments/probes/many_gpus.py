@@ -26,15 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from experiments.bench import sharding
-from experiments.flags import require_at_least_1, require_other_results
+from experiments.flags import require_at_least_1, require_gpus, require_other_results
 from support.cli import BadInput, run_command
 from support.corpora import DATA
 from support.files import write_atomically
 from support.provenance import ROOT, child_environment, provenance, read_json
 
+PIECE = 32  # sequences that a GPU takes at a time
 RESULTS = ROOT / "experiments" / "results" / "many_gpus.json"
 TOY = "--n_layer 2 --dim 64 --head_dim 16 --block_size 32 --device cpu --warmup_iters 5"
 
@@ -62,13 +61,14 @@ class Args:
 def speed(args: Args) -> list[dict]:
     """A row of bench/sharding.py for 1, 2, 4 ... processes, with its share of one's speed."""
     rows: list[dict] = []
-    n, sequences, context = 1, 32, 1024
+    n, context = 1, 1024
     with tempfile.TemporaryDirectory() as folder:
         while n <= args.processes:
             file = Path(folder) / f"{n}.jsonl"
+            sequences = min(PIECE, args.batch_size // n)
             bench = sharding.Bench(
                 "small", processes=n, sequences=sequences, results=file, smoke=args.smoke,
-                grad_accum=max(1, args.batch_size // (sequences * n)), compile=not args.smoke,
+                grad_accum=args.batch_size // (sequences * n), compile=not args.smoke,
                 matrix_flops=rows[0]["matrix_flops"] if rows else 0.0,
             )  # fmt: skip
             if not sharding.torchrun(bench, 64 if args.smoke else context):
@@ -96,7 +96,7 @@ def train(
     do(pid of torchrun, or of the process alone) is called once, when step `at` is told.
     """
     share = args.batch_size // processes
-    flags = f"--preset small --tokenizer gpt2 --grad_accum {max(1, share // 32)}".split()
+    flags = f"--preset small --tokenizer gpt2 --grad_accum {max(1, share // PIECE)}".split()
     flags = TOY.split() if args.smoke else flags
     flags += [f"--dataset={args.dataset}", f"--data_dir={args.data_dir.resolve()}"]
     flags += [f"--max_iters={args.steps}", f"--eval_interval={args.every}", "--log_interval=1"]
@@ -198,21 +198,22 @@ def tables(results: dict) -> str:
     """What was measured, as Markdown."""
     lines = []
     if part := results.get("speed"):
-        lines += ["| GPUs | tokens/s | of as many times one | peak GB each |"]
+        lines += ["| GPUs | tokens/s | of N times one GPU's | peak GB each |"]
         lines += ["|---:|---:|---:|---:|"]
         for row in part["figures"]:
             figures = f"{row['tokens_per_s']:,.0f} | {row['scaling']:.1%}"
             lines.append(f"| {row['processes']} | {figures} | {row['peak_bytes'] / 1e9:.1f} |")
-    handed = results.get("handed", {}).get("figures", {})
-    ends = {f"{first} processes": found for first, found in handed.items()}
+    changes = results.get("handed", {}).get("figures", {})
+    ends = {f"{change} processes": found for change, found in changes.items()}
     if part := results.get("killed"):
         ends = {f"one of {part['processes']} killed": part["figures"]} | ends
     if ends:
-        lines += ["", "| | goes on from step | loss at its end | apart from the run left alone |"]
+        lines += ["", "| | goes on from step | loss at its end | less an uninterrupted run's |"]
         lines += ["|---|---:|---:|---:|"]
     for name, found in ends.items():
         at = ", ".join(map(str, found["resumed_at"]))
-        lines.append(f"| {name} | {at} | {found['val_loss']:.5f} | {found['difference']:.0e} |")
+        less = found["val_loss"] - found["alone"]
+        lines.append(f"| {name} | {at} | {found['val_loss']:.5f} | {less:.0e} |")
     return "\n".join(lines).strip()
 
 
@@ -223,14 +224,16 @@ def main(args: Args) -> None:
         raise BadInput(f"--processes {args.processes}: give a power of two, at least 2")
     if args.steps < 2 * args.every:
         raise BadInput(f"--steps {args.steps} must be at least twice --every {args.every}")
-    if args.batch_size % args.processes:
-        what = f"must be a multiple of --processes {args.processes}"
-        raise BadInput(f"--batch_size {args.batch_size} {what}")
-    if not args.smoke and torch.cuda.device_count() < args.processes:
-        here = f"this machine has {torch.cuda.device_count()} GPUs"
-        raise BadInput(f"--processes {args.processes}: {here}; --smoke shows that it runs")
+    pieces = PIECE * args.processes
+    least = pieces if args.batch_size > pieces else args.processes
+    if args.batch_size % least:
+        raise BadInput(f"--batch_size {args.batch_size} must be a multiple of {least}")
+    if {"killed", "handed"} & set(args.parts) and not Path("/proc").is_dir():
+        raise BadInput("--parts killed handed: need Linux, give --parts speed")
+    require_gpus(args)
     where = provenance("cpu" if args.smoke else "cuda") | dict(processes=args.processes)
     results = read_json(args.results)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(part: str, figures) -> None:
         results[part] = where | dict(figures=figures)
@@ -248,7 +251,7 @@ def main(args: Args) -> None:
                 keep("killed", killed(args, alone, Path(folder)))
             if "handed" in args.parts:
                 keep("handed", handed(args, alone, Path(folder)))
-    print(f"in {args.results}")
+    print(f"{tables(results)}\nin {args.results}")
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from experiments.study.studies import (
     FIGURE1,
     FIGURE3,
     GRID,
+    HEADS_CORE,
     LENGTH,
     MODERN,
-    MODERN_CORE,
     MUON_ARMS,
     MUON_GRID,
     QUESTION_A,
@@ -353,7 +353,7 @@ def ratio_part(results: Results) -> str:
 # (study, arm) of the stacked one, arm of the other, size
 HEADS = [
     *((("muon_heads", f"{attn}_stacked"), f"{attn}_apart", "7M") for attn in ("mha", "mfa")),
-    *((("modern", arm), f"{arm}_30m", "30M") for arm in MODERN_CORE[:4]),
+    *((("modern", arm), f"{arm}_30m", "30M") for arm in HEADS_CORE),
 ]
 
 
@@ -364,13 +364,16 @@ def muon_heads_part(results: Results) -> str:
         rows = [row for row in results.of(study, arm, 1) if row["seed"] in of]
         if rows:
             pair = rows, [of[row["seed"]] for row in rows]
+            gains = [a["val_loss"] - b["val_loss"] for a, b in zip(*pair, strict=True)]
+            gain = f"{statistics.mean(gains):.4f}, in {sum(x > 0 for x in gains)} of {len(gains)}"
             losses = (outcome(made, "val_loss", 4) for made in pair)
             name = rows[0]["name"].removesuffix(", heads stacked")
-            body.append([name, size, str(len(rows)), *losses])
+            body.append([name, size, *losses, gain])
     if not body:
         return ""
     question = "Does Muon do better on heads one by one (`muon_heads`) than on the stacked matrix?"
-    head = ["", "parameters", "seeds", "loss, nats per token, stacked", "one by one"]
+    head = ["", "parameters", "loss, nats per token, stacked", "one by one"]
+    head += ["less by, in how many seeds"]
     return "\n\n".join([question, table(head, body)])
 
 
@@ -1324,7 +1327,7 @@ def main(args: Args) -> None:
     for name in ("many_gpus", "many_gpus_cpu"):
         if found := read_json(args.results.with_name(f"{name}.json")):
             if name.endswith("cpu"):
-                del found["speed"]  # of toys
+                found.pop("speed", None)  # of toys
             parts[name] = f"{many_gpus.tables(found)}\n\n{origin_of(found.values())}"
     if train := read_json(args.results.with_name("train.json")):
         parts["training"] = training_bench.table(train).strip()

@@ -397,7 +397,7 @@ def train_run(
                         loss = evaluate(model, val_ids[: CURVE_TOKENS + 1], machine)
                     at.diverged = not math.isfinite(loss)
                     at.curve += [] if at.diverged else [[at.step, loss]]
-            lock.close()  # the next run may train while this one is evaluated
+            lock.close()  # the next run trains while this one is evaluated, within its seconds
             with eagerly():
                 val_loss = None if at.diverged else evaluate(model, val_ids, machine)
                 by_position = [] if at.diverged else loss_by_position(model, val_ids, machine)
