@@ -185,13 +185,13 @@ def html_table(head: list[str], rows: list[list[str]], name: str = "") -> str:
     return f'<div class="scroll"><table>{titles}<tbody{place}>{body}</tbody></table></div>'
 
 
-def perplexity(folder: Path) -> str:
+def perplexity(folder: Path, study: str = "figure1") -> str:
     """Figure 1 at our size: a strip per model, a dot per seed, large caches first."""
-    found = figures.arms("figure1", folder)
+    found = figures.arms(study, folder)
     every = [ppl for arm in found for ppl in arm.ppl]
     if not every:
         return missing(
-            "experiments/results/study.jsonl", "python experiments/study/run.py --study figure1"
+            "experiments/results/study.jsonl", f"python experiments/study/run.py --study {study}"
         )
     low, high = min(every), max(every)
     lines = []
@@ -211,7 +211,7 @@ def perplexity(folder: Path) -> str:
         f"standard deviation. "
         f"{figures.setting(found[0].rows[0])}, {html.escape(' and '.join(devices))}."
     )
-    planned, by_name = figures.STUDIES["figure1"], {arm.name: arm for arm in found if arm.ppl}
+    planned, by_name = figures.STUDIES[study], {arm.name: arm for arm in found if arm.ppl}
     mha, mfa = (by_name.get(planned[arm].name) for arm in ("mha", "mfa"))
     few = min(len(arm.ppl) for arm in found) < 3
     if mha and mfa and (len(found) < len(planned) or few):
@@ -425,6 +425,7 @@ def values(folder: Path) -> dict[str, str]:
         "calculator": calculator(),
         "live": live(),
         "perplexity": perplexity(folder),
+        "perplexity_muon": perplexity(folder, "modern"),
         "speed": speed(folder),
         "profile": profile(folder),
         "pre_torch": step_time(folder, "pre", "sdpa"),

@@ -497,6 +497,29 @@ for arm, found in sorted(figure1.items(), key=lambda item: statistics.mean(row["
 print("" if figure1 else "No runs yet. The paper: MFA better than MHA, MHA than MFA-KR; both MFAs better than GQA, MQA and MLA.")
 
 # %% [markdown]
+# All of this is AdamW, the paper's optimizer. Is the order one of attentions, or of attentions under AdamW? Study `modern`
+# trains the same models on the same tokens with Muon (notebook 04 shows what it does to a product of matrices).
+
+# %%
+muon = {arm: found for arm in studies.MODERN if (found := results.trained("modern", arm))}
+both = [arm for arm in muon if arm in figure1 and studies.MODERN[arm].model == studies.FIGURE1[arm].model]
+mean = {arm: [statistics.mean(row["ppl"] for row in of[arm]) for of in (figure1, muon)] for arm in both}
+for arm, found in sorted(muon.items(), key=lambda item: item[1][0]["ppl"]):
+    name = studies.MODERN[arm].name.partition(":")[0]
+    print(f"{name:38} {found[0]['cache_share']:7.2%}  Muon {outcome(found):6}", f" AdamW {outcome(figure1[arm])}" if arm in both else "")
+for arm, ends in mean.items():
+    attn = muon[arm][0]["attn"]
+    plt.plot((0, 1), ends, marker=MARKER[attn], color=COLOR[attn], ls="--" if arm == "mfa_half" else "-", label=studies.MODERN[arm].name)
+plt.xticks((0, 1), ("AdamW", "Muon")), plt.xlim(-0.1, 1.9), plt.ylabel("validation perplexity"), plt.legend(loc="upper right")
+if mean:  # the gains beside the range with AdamW, and what passes GQA
+    assert min(a - b for a, b in mean.values()) > mean["mfa_kr"][0] - mean["mfa_half"][0]
+    assert all(mean[arm][0] > mean["gqa2"][0] and mean[arm][1] < mean["gqa2"][1] for arm in ("mfa", "mla_joint"))
+plt.show()
+
+# %% [markdown]
+# Muon gains every attention more than lies between the best and the worst, and the lines cross: the models made of products of
+# matrices, MLA and MFA, pass GQA and MQA. *Caveat:* as long as a row of Muon has no ±, it is one seed at one rate.
+#
 # The remaining comparisons, in one table: those behind Tables 3 to 6, the reading of the rotated key (`question_a`, notebook
 # 05), the init at two larger widths (`question_b`, the trap above), and what MFA's distance from MHA depends on (`why`). A
 # number with ± is of three seeds, and a difference that is small beside it means nothing; where only one rate was tried, a

@@ -279,8 +279,8 @@ for one in plot.converted(rows, results):
     left[one.attn] = losses[-1] - one.scratch
     print(f"{one.name:28} {one.cache_share:6.1%}  ", *(f"{loss:.3f}" for loss in losses), f"  from scratch {one.scratch:.3f}")
     assert one.attn == "mha" or losses == sorted(losses, reverse=True)
-assert 0.03 < left["gqa"] < left["mla"] < left["mfa"] < left["mfa_kr"] and left["mha"] < 0.01
-plot.conversion_plot(rows, results)
+assert not rows or 0.03 < left["gqa"] < left["mla"] < left["mfa"] < left["mfa_kr"] and left["mha"] < 0.01
+plot.conversion_plot(rows, results) if rows else print("experiments/results/convert.jsonl is not there yet")
 
 # %% [markdown]
 # After 10% of the steps a quarter of the cache (GQA) is 0.03 nats from the same attention trained from scratch, MLA 0.04, MFA 0.07,

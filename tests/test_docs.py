@@ -356,6 +356,8 @@ def test_the_page_takes_what_was_measured(build, results):
     learned, fast, batch = build.perplexity(results), build.speed(results), build.largest_batch(results)
     assert learned.count("<b ") == 6 and "GQA, 2 KV heads (25%)" in learned  # a dot per seed that did not diverge
     assert learned.index(">MHA (") < learned.index(">GQA, 2 KV heads") < learned.index(">MFA-KR, C = dim/8")
+    muon = build.perplexity(results, "modern")
+    assert muon.count("<b ") == 1 and ">MHA (100%)" in muon and "1 of 15 models" not in muon  # no MFA to compare
     assert "6,500 tokens/s" in fast and "MFA makes 6.5 times MHA" in fast and "copy bandwidth is 4.00 TB/s" in fast
     assert "320 sequences" in batch and "width:12.5%" in batch
 
