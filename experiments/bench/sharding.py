@@ -225,7 +225,7 @@ def read(path: Path) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """What fits and how fast, as Markdown, one row a setting: the last measured."""
     lines = [
-        "| | GPUs | sharded | blocks computed twice | how | batch of each GPU | tokens/s "
+        "| | GPUs | `--shard` | `--checkpoint_blocks` | how | batch of each GPU | tokens/s "
         "| share of bf16 rate | with attention | peak GB |",
         "|---|---:|---|---|---|---:|---:|---:|---:|---:|",
     ]
