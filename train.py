@@ -272,7 +272,7 @@ def make_optimizer(model: GPT, args: Train) -> torch.optim.Optimizer | Both:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
     if args.optimizer != "adamw":
-        matrices = [model.embed.weight, model.head.weight][: 1 if model.cfg.tied else 2]
+        matrices = list(dict.fromkeys((model.embed.weight, model.head.weight)))  # one if tied
     groups = [
         dict(params=matrices, weight_decay=args.weight_decay),
         dict(params=gains, weight_decay=0.0),

@@ -17,7 +17,6 @@ from support.cli import BadInput
 ROOT = Path(__file__).resolve().parents[1]
 
 
-
 def child_environment(**more: str) -> dict[str, str]:
     """For a Python process that is to find this project, and the packages that this one finds."""
     path = os.pathsep.join([str(ROOT), *sys.path[1:]])

@@ -198,6 +198,12 @@ def one_process(args: Bench) -> None:
 # The command
 
 
+def launcher(processes: int, *flags: str) -> list[str]:
+    """torchrun by this Python, with that many processes on this machine."""
+    how = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *how, *flags]
+
+
 def torchrun(args: Bench, context: int) -> bool:
     """Does the context fit?"""
     flags = [f"--{name}={getattr(args, name)}" for name in ("preset", "attn", "optimizer")]
@@ -207,8 +213,7 @@ def torchrun(args: Bench, context: int) -> bool:
         flags += ["--text", str(args.text.resolve())]  # of which the results keep the name
     for name in ("shard", "checkpoint_blocks", "compile", "smoke"):
         flags += [f"--{name}"] if getattr(args, name) else []
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={args.processes}", str(Path(__file__).resolve()), *flags]
+    command = [*launcher(args.processes), str(Path(__file__).resolve()), *flags]
     done = subprocess.run(
         [*command, f"--contexts={context}", "--results", str(args.results.resolve())],
         env=child_environment(), capture_output=True, text=True, encoding="utf-8",

@@ -101,10 +101,9 @@ def train(
     flags += [f"--dataset={args.dataset}", f"--data_dir={args.data_dir.resolve()}"]
     flags += [f"--max_iters={args.steps}", f"--eval_interval={args.every}", "--log_interval=1"]
     flags += [f"--batch_size={args.batch_size}", f"--out={out}", "--resume"]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, *shlex.split(args.flags)]
-    if processes > 1:
-        how = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command[1:1] = [*how, f"--max-restarts={restarts}"]
+    many = sharding.launcher(processes, f"--max-restarts={restarts}")
+    start = many if processes > 1 else [sys.executable]
+    command = [*start, str(ROOT / "train.py"), *flags, *shlex.split(args.flags)]
     # Without the last, restarted gloo processes may read addresses of the life before them
     # (PyTorch's issue 135712).
     environment = child_environment(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")

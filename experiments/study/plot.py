@@ -1321,8 +1321,7 @@ def main(args: Args) -> None:
         parts["shapes"] = shapes_part(decode)
         parts["decode"] = decoding.grid_tables(decode)
         plots |= decoding.plots(decode)
-    rows = sharding.read(args.results.with_name(sharding.RESULTS.name))
-    if rows:
+    if rows := sharding.read(args.results.with_name(sharding.RESULTS.name)):
         parts["sharding"] = sharding.table(rows)
     for name in ("many_gpus", "many_gpus_cpu"):
         if found := read_json(args.results.with_name(f"{name}.json")):
