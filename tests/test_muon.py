@@ -61,6 +61,7 @@ def test_one_launch_gives_what_many_do(optimizer, monkeypatch):
     for one in (True, False):
         if not one:
             monkeypatch.setattr(Muon, "fits_one_launch", lambda self: False)
+        torch.manual_seed(0)
         model = gpt("mfa_kr gated pre").float().cuda()
         both = make_optimizer(model, Train(optimizer=optimizer))
         for step in range(8):
@@ -74,7 +75,8 @@ def test_one_launch_gives_what_many_do(optimizer, monkeypatch):
             both.step()
         assert isinstance(both.muon.launch, Launch) == one
         ends.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    for a, b in zip(*ends, strict=True):  # the graph's rate is rounded to float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("case", MAIN)
