@@ -4,9 +4,9 @@ torch.optim.Muon does the same one matrix at a time, which leaves a GPU idle and
 CUDA graph. Here matrices of one shape are stacked and take their steps together.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mfa import MFA, MHA, MLA, Attention
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic x -> A x + B x^3 + C x^5 of Jordan et al.
-SMALL = 1 << 24  # numbers up to which a GPU takes longer to launch these kernels than to run them
+SMALL = 1 << 24  # numbers up to which a GPU takes longer to launch a step than to run it
 AT_ONCE = 1 << 28  # numbers that are stacked at most: a GB, where a 7B's experts would take 16
 
 
@@ -35,32 +35,6 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)  # B gram + C gram gram
         X = torch.baddbmm(X, polynomial, X, beta=A)  # A X + polynomial X
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
-
-
-@cache
-def graph_of(shape: torch.Size, device: torch.device) -> tuple:
-    """orthogonalize() of matrices of this shape as one CUDA graph, its input and its output."""
-    given = torch.ones(shape, device=device)
-    before = torch.cuda.current_stream()
-    side = torch.cuda.Stream()
-    side.wait_stream(before)
-    with torch.cuda.stream(side):
-        orthogonalize(given)  # what is set up once must not be captured
-    before.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = orthogonalize(given)
-    return graph, given, result
-
-
-def orthogonalize_at_once(G: Tensor) -> Tensor:
-    """orthogonalize(G); small matrices on a GPU in one launch, whose next one may overwrite it."""
-    if not G.is_cuda or G.numel() > SMALL or torch.cuda.is_current_stream_capturing():
-        return orthogonalize(G)
-    graph, given, result = graph_of(G.shape, G.device)
-    given.copy_(G)
-    graph.replay()
-    return result
 
 
 def heads_apart(x: Tensor, n: int) -> Tensor:
@@ -146,10 +120,32 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: Iterable, lr=1e-3, weight_decay: float = 0.1, momentum=0.95):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, heads=0)
         super().__init__(params, defaults)
+        self.launch: Launch | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """closure: of PyTorch's signature, not used."""
+        if self.fits_one_launch():
+            self.launch = self.launch or Launch(self)
+            self.launch()
+        else:
+            self.step_all()
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.launch = None  # it knows the tensors that were
+
+    def fits_one_launch(self) -> bool:
+        """Not in the first step, which makes the state and chooses kernels."""
+        groups = self.param_groups
+        params = [p for group in groups for p in group["params"]]
+        plain = all(p.is_cuda and p.grad is not None and p in self.state for p in params)
+        whole = not any(hasattr(p, "device_mesh") for p in params)
+        small = sum(p.numel() for p in params) <= SMALL
+        alone = all(isinstance(group["lr"], float) for group in groups)  # in no graph of others
+        return plain and whole and small and alone
+
+    def step_all(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for some in at_most(params, AT_ONCE):
@@ -169,15 +165,67 @@ class Muon(torch.optim.Optimizer):
         for i, p in enumerate(params):
             alike[p.shape].append(i)
         steps = {}
-        for which in alike.values():
-            like, some = params[which[0]], torch.stack([ahead[i] for i in which])
-            whole = heads_apart(gather(some, like), n)  # (k, ..., r, c)
-            length = 0.2 * max(whole.shape[-2:]) ** 0.5
-            direction = orthogonalize_at_once(whole) * (-lr * length)
-            steps |= zip(which, keep(heads_together(direction, n), like), strict=True)
+        with side_by_side(params[0].is_cuda) as branch:
+            for which in alike.values():
+                with branch():
+                    like, some = params[which[0]], torch.stack([ahead[i] for i in which])
+                    whole = heads_apart(gather(some, like), n)  # (k, ..., r, c)
+                    length = 0.2 * max(whole.shape[-2:]) ** 0.5
+                    direction = orthogonalize(whole) * (-lr * length)
+                    steps |= zip(which, keep(heads_together(direction, n), like), strict=True)
         params = [local(p) for p in params]
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, [steps[i] for i in range(len(params))])
+
+
+class Launch:
+    """A step of Muon as one CUDA graph."""
+
+    def __init__(self, muon: Muon):
+        self.groups = muon.param_groups
+        self.params = [p for group in self.groups for p in group["params"]]
+        self.grads = [torch.empty_like(p) for p in self.params]  # a graph reads the same places
+        self.rates = [torch.zeros((), device=self.params[0].device) for _ in self.groups]
+        before = [p.grad for p in self.params], [group["lr"] for group in self.groups]
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            self.give(self.grads, self.rates)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                muon.step_all()
+        finally:
+            self.give(*before)
+
+    def give(self, grads: list[Tensor], rates: list) -> None:
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = grad
+        for group, rate in zip(self.groups, rates, strict=True):
+            group["lr"] = rate
+
+    def __call__(self) -> None:
+        torch._foreach_copy_(self.grads, [p.grad for p in self.params])
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            rate.fill_(group["lr"])
+        self.graph.replay()
+
+
+@contextlib.contextmanager
+def side_by_side(on_gpu: bool):
+    """branch(): a context; what is called in one runs beside what is called in others, and all
+    before what comes next. In a CUDA graph alone, where streams cost nothing; else in turn.
+    """
+    if not on_gpu or not torch.cuda.is_current_stream_capturing():
+        yield contextlib.nullcontext
+        return
+    main, streams = torch.cuda.current_stream(), []
+
+    def branch():
+        streams.append(torch.cuda.Stream())
+        streams[-1].wait_stream(main)
+        return torch.cuda.stream(streams[-1])
+
+    yield branch
+    for stream in streams:
+        main.wait_stream(stream)
 
 
 def at_most(params: list[Tensor], numbers: int) -> Iterator[list[Tensor]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attentions import MAIN, gpt
 
-from support.muon import Both, Muon, orthogonalize, orthogonalize_at_once
+from support.muon import Both, Launch, Muon, orthogonalize
 from train import Train, make_optimizer
 
 
@@ -55,11 +55,28 @@ def test_a_matrix_steps_alike_alone_and_beside_others():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_one_launch_gives_what_many_do():
-    for shape in ((3, 40, 64), (3, 64, 40), (5, 2, 16, 8)):
-        for _ in range(3):
-            G = torch.randn(shape, device="cuda")
-            assert torch.equal(orthogonalize_at_once(G), orthogonalize(G)), shape
+@pytest.mark.parametrize("optimizer", ["muon", "muon_heads"])
+def test_one_launch_gives_what_many_do(optimizer, monkeypatch):
+    ends = []
+    for one in (True, False):
+        if not one:
+            monkeypatch.setattr(Muon, "fits_one_launch", lambda self: False)
+        torch.manual_seed(0)
+        model = gpt("mfa_kr gated pre").float().cuda()
+        both = make_optimizer(model, Train(optimizer=optimizer))
+        for step in range(8):
+            g = torch.Generator("cuda").manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=g, device="cuda")
+            for group in both.param_groups:
+                group["lr"] = 0.01 * (step + 1)
+            if step == 5:
+                both.load_state_dict(both.state_dict())
+            both.step()
+        assert isinstance(both.muon.launch, Launch) == one
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*ends, strict=True):  # the graph's rate is rounded to float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("case", MAIN)

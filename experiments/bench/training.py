@@ -521,7 +521,7 @@ def muon(args: Bench) -> dict:
     """
     rounds = (2, 2) if args.smoke else (9, 20)
     rows: dict[str, dict] = {}
-    for name, attn in itertools.product(("small", "baby"), ("mha", "mfa", "mfa_kr")):
+    for name, attn in itertools.product(("baby", "small"), ("mha", "mfa", "mfa_kr")):
         pieces = RECIPES[name].get("grad_accum", 1)
         batch = 2 if args.smoke else RECIPES[name]["batch_size"] // pieces
         toy = dict(n_layer=2, dim=64, head_dim=16, ffn_dim=172, vocab_size=100, block_size=32)
