@@ -48,10 +48,10 @@ class Model(NamedTuple):
 
 MODELS = [
     Model("MHA", "mha", "mha"),
+    Model("MHA with a norm", "mha_norm", None),
     Model("GQA", "gqa2", "gqa2"),
-    Model("MLA, joint latent", "mla_joint", "mla_joint"),
+    Model("MLA, normed latent", "mla_deepseek", "mla_deepseek"),
     Model("MFA", "mfa", "mfa"),
-    Model("MFA, wider query", "mfa_half", "mfa_half"),
     Model("MQA", "mqa", "mqa"),
     Model("MFA-KR, newer form", "mfa_kr_half_norm", None),
     Model("MQA, 16 heads of d = 32", "mqa_16", None),
@@ -141,6 +141,15 @@ class Measured:
         arm = self.arm("modern", muon)
         return f"{statistics.mean(arm.ppl):.1f}" if arm and arm.ppl else MISSING
 
+    def rate(self, muon: str | None) -> str:
+        """The peak rate that was best for Muon, and whether there was another."""
+        arm = self.arm("modern", muon)
+        if not arm:
+            return "–"
+        mantissa, exponent = f"{arm.rows[0]['lr']:e}".split("e")
+        alone = len(self.results.losses_by_rate("modern", muon)) < 2
+        return f"{float(mantissa):g}e{int(exponent)}" + " only" * alone
+
     def speed(self, arm: Arm) -> str:
         """Tokens/s at PRESET's shape, where a model of this attention and share was measured."""
         config = arm.rows[0]["config"]
@@ -157,7 +166,8 @@ def flags(planned: Planned) -> str:
     """What train.py takes for it."""
     words = []
     for name, value in planned.model.items():
-        words.append(f"--{name}" if value is True else f"--{name} {value}")
+        switch = {True: f"--{name}", False: f"--no_{name}"} if isinstance(value, bool) else {}
+        words.append(switch.get(value, f"--{name} {value}"))
     return f"`{' '.join(words)}`"
 
 
@@ -165,14 +175,15 @@ def table(folder: Path = RESULTS) -> str:
     """The README's results, one model a row, with the conditions below them, in Markdown."""
     measured = Measured(folder)
     head = ["", "flags of `train.py`", "cache"]
-    head += ["perplexity, Muon", "perplexity, AdamW", "tokens/s, 1B"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|"]
+    head += ["perplexity, Muon", "at rate", "perplexity, AdamW", "tokens/s, 1B"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|---:|"]
     found = []
     for model in MODELS:
         arms = measured.arms(model)
         made = [arm for arm in arms if arm]
         found += made
         cells = [str(arm) if arm else "–" for arm in arms]
+        cells.insert(1, measured.rate(model.muon))
         size = f"{100 * made[0].share:.4g}%" if made else MISSING
         speed = measured.speed(made[0]) if made else MISSING
         words = [model.name, flags(model.planned), size, *cells, speed]
@@ -187,8 +198,8 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
         study = f"validation, {setting(found[0].rows[0])}; ± over three seeds, else one seed"
         heads = "MHA has 8 heads of d = 64 here, so MQA keeps an eighth; with 16 heads, as in the"
         heads += " drawing and in the paper's 1B, a sixteenth"
-        muon = "`--optimizer muon --learning_rate 3e-3`"
-        heads += f". The flags are for that shape, at dim 512, and for Muon {muon} is to be added"
+        heads += ". The flags are for that shape, at dim 512; for Muon add `--optimizer muon` and"
+        heads += " the `--learning_rate`, the best of two or more where it does not say only"
         cache = "The cache is a share of MHA's"
         lines.append(f"Perplexity: {study}. {cache}. {heads}.")
     if decode["rows"]:
@@ -203,7 +214,9 @@ def advice(folder: Path = RESULTS) -> str:
     measured = Measured(folder)
     mla = speeds(measured.decode, "mla").get("joint")
     slower = f" ({mla['tokens_per_s']:,.0f} tokens/s)" if mla else ""
-    plain = measured.ppl("mha")
+    plain, mla_ppl = measured.ppl("mha"), measured.ppl("mla_deepseek")
+    deepseek = measured.arm("modern", "mla_deepseek")
+    mla_share = f"{deepseek.share:.1%}" if deepseek else MISSING
     rows = [
         (
             "all of it",
@@ -221,13 +234,14 @@ def advice(folder: Path = RESULTS) -> str:
             "an eighth",
             "**MFA**",
             "mfa",
-            f"Better than MQA. MLA is as good, keeps a little more, and is slower{slower}.",
+            f"Better than MQA. An MLA with a normed latent is better ({mla_ppl}), "
+            f"but keeps {mla_share}, and MLA is slower{slower}.",
         ),
         (
             "a sixteenth",
             "**MFA-KR**, newer form",
             "mfa_kr_half_norm",
-            "As good as MQA with an eighth, and much better than an MQA that keeps a sixteenth.",
+            "Better than MQA with an eighth, and much better than an MQA that keeps a sixteenth.",
         ),
     ]
     head = "| your cache, of MHA's | take | with | perplexity (30M, Muon, one seed) | |"

@@ -450,8 +450,8 @@ torch.set_default_dtype(torch.float64)
 # here.
 #
 # *Caveat.* 150 steps of a toy show the mechanism and decide nothing about losses: look at those printed. At 30M parameters
-# (`experiments/results/study.jsonl`) the same tokens take MFA from perplexity 43.2 with AdamW to 38.8 with Muon, and MQA with
-# the same cache from 43.1 to 39.6. MFA has a product of matrices in its query and MQA has none.
+# (`experiments/results/study.jsonl`) the same tokens take MFA from perplexity 43.2 with AdamW to 38.6 with Muon, and MQA with
+# the same cache from 43.1 to 39.4. MFA has a product of matrices in its query and MQA has none.
 #
 # ## Exercises
 #

@@ -121,28 +121,30 @@ class Muon(torch.optim.Optimizer):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, heads=0)
         super().__init__(params, defaults)
         self.launch: Launch | None = None
+        self.stepped = False  # in this process, so that its kernels are chosen and loaded
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """closure: of PyTorch's signature, not used."""
-        if self.fits_one_launch():
+        if self.stepped and self.fits_one_launch():
             self.launch = self.launch or Launch(self)
             self.launch()
         else:
             self.step_all()
+            self.stepped = True
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.launch = None  # it knows the tensors that were
 
     def fits_one_launch(self) -> bool:
-        """Not in the first step, which makes the state and chooses kernels."""
+        """A small model on one GPU, whose state is made, in no graph of others."""
         groups = self.param_groups
         params = [p for group in groups for p in group["params"]]
         plain = all(p.is_cuda and p.grad is not None and p in self.state for p in params)
         whole = not any(hasattr(p, "device_mesh") for p in params)
         small = sum(p.numel() for p in params) <= SMALL
-        alone = all(isinstance(group["lr"], float) for group in groups)  # in no graph of others
+        alone = all(isinstance(group["lr"], float) for group in groups)
         return plain and whole and small and alone
 
     def step_all(self) -> None:

@@ -242,14 +242,15 @@ def test_the_advice_is_what_the_results_say():
     share = {arm: measured.arm("modern", arm).share for arm in ppl}
     assert [share[arm] for arm in ("mha", "gqa2", "mfa", "mfa_kr_half_norm")] == [1, 1 / 4, 1 / 8, 1 / 16]
     assert ppl["mha_norm"] == min(ppl.values())  # nothing is better, whatever its cache
-    assert sorted(ppl.values())[1] == ppl["mha"] and f"Without the norm: {measured.ppl('mha')}." in figures.advice()
+    assert f"Without the norm: {measured.ppl('mha')}." in figures.advice()
     assert ppl["mfa"] < ppl["gqa2"] and ppl["mfa"] < ppl["mqa"] and share["mqa"] == share["mfa"]
-    assert abs(ppl["mla_joint"] - ppl["mfa"]) < 0.2 and share["mfa"] < share["mla_joint"] < 1.3 * share["mfa"]
+    assert ppl["mla_deepseek"] < ppl["mfa"] and share["mla_joint"] == share["mla_deepseek"] > share["mfa"]
     decode = figures.read_decode()
     assert figures.speeds(decode, "mla")["joint"]["tokens_per_s"] < figures.speeds(decode, "mfa")[""]["tokens_per_s"]
-    assert abs(ppl["mfa_kr_half_norm"] - ppl["mqa"]) < 0.1 and ppl["mfa_kr_half_norm"] < ppl["mfa_kr"]
+    assert ppl["mfa_kr_half_norm"] < ppl["mqa"] and ppl["mfa_kr_half_norm"] < ppl["mfa_kr"]
     assert ppl["mfa_kr_half_norm"] < ppl["mqa_16"] - 1 and share["mqa_16"] == 1 / 16
-    assert ppl["mfa"] < ppl["mfa_half"]  # a wider query helps with AdamW alone
+    middle = {arm: statistics.mean(row["ppl"] for row in measured.results.of("modern", arm, 1)) for arm in ("mfa", "mfa_half")}
+    assert middle["mfa"] < middle["mfa_half"]  # a wider query helps with AdamW alone
     # What is unsettled, of AdamW's three seeds.
     mfa, mqa, wider, mha = (statistics.mean(measured.arm("figure1", arm).ppl) for arm in ("mfa", "mqa", "mfa_half", "mha"))
     assert abs(mfa - mqa) < 0.2 and abs(wider - mha) < 0.1
@@ -334,18 +335,18 @@ def line(table: str, label: str) -> list[str]:
 
 def test_the_table_counts(tmp_path):
     table = figures.table(tmp_path)  # an empty folder: nothing was measured
-    assert line(table, "MHA") == ["MHA", "`--attn mha`", "not measured", "–", "–", "not measured"]
+    assert line(table, "MHA") == ["MHA", "`--attn mha`", "not measured", "–", "–", "–", "not measured"]
     assert "Perplexity" not in table and "Tokens/s" not in table
-    assert figures.advice(tmp_path).count("not measured") == 5
+    assert figures.advice(tmp_path).count("not measured") == 7
 
 
 def test_the_table_takes_what_was_measured(results):
     table = figures.table(results)
-    assert line(table, "MFA")[2:] == ["12.5%", "–", "42.00 ± 1.41", "6,500"]  # at the better rate
-    assert line(table, "MHA")[2:] == ["100%", "49.00", "50.00", "1,000"]
-    assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "60.00, 1 of 2 did not train", "7,000"]
-    assert line(table, "GQA")[2:] == ["25%", "–", "39.00", "–"]  # no such share was timed
-    assert line(table, "MQA")[2:] == ["not measured", "–", "–", "not measured"]
+    assert line(table, "MFA")[2:] == ["12.5%", "–", "–", "42.00 ± 1.41", "6,500"]  # at the better rate
+    assert line(table, "MHA")[2:] == ["100%", "49.00", "3e-3 only", "50.00", "1,000"]
+    assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "–", "60.00, 1 of 2 did not train", "7,000"]
+    assert line(table, "GQA")[2:] == ["25%", "–", "–", "39.00", "–"]  # no such share was timed
+    assert line(table, "MQA")[2:] == ["not measured", "–", "–", "–", "not measured"]
     assert "49.0" in figures.advice(results)
     assert (
         "pg-books-bpe8192, 29.9M parameters, 65.5M tokens a run" in table and "batch 32, context 16,384, one a GPU" in table
@@ -357,7 +358,7 @@ def test_the_page_takes_what_was_measured(build, results):
     assert learned.count("<b ") == 6 and "GQA, 2 KV heads (25%)" in learned  # a dot per seed that did not diverge
     assert learned.index(">MHA (") < learned.index(">GQA, 2 KV heads") < learned.index(">MFA-KR, C = dim/8")
     muon = build.perplexity(results, "modern")
-    assert muon.count("<b ") == 1 and ">MHA (100%)" in muon and "1 of 15 models" not in muon  # no MFA to compare
+    assert muon.count("<b ") == 1 and ">MHA (100%)" in muon and "1 of 16 models" not in muon  # no MFA to compare
     assert "6,500 tokens/s" in fast and "MFA makes 6.5 times MHA" in fast and "copy bandwidth is 4.00 TB/s" in fast
     assert "320 sequences" in batch and "width:12.5%" in batch
 

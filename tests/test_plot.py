@@ -123,20 +123,28 @@ def test_what_the_findings_say_is_in_the_results():
     assert f"With Muon, GQA costs {muon['gqa2'] - muon['mha']:.1f}." in text
     assert f"With Muon it is {muon['mqa'] - muon['mfa']:.1f} better than MQA" in text and muon["mfa"] < muon["gqa2"]
     assert f"MFA is as good as MHA with AdamW ({adamw['mfa_half']:.1f})" in text
-    assert f"as good as MQA with an eighth ({muon['mfa_kr_half_norm']:.1f}). The paper's form is at {muon['mfa_kr']:.1f}." in text
-    assert abs(muon["mfa_kr_half_norm"] - muon["mqa"]) < 0.1 and abs(muon["mla_joint"] - muon["mfa"]) < 0.2
+    middle = {arm: ppl("modern", arm, 1) for arm in muon}
+    assert f"that is {muon['mqa'] - muon['mfa_kr_half_norm']:.1f} better than MQA with an eighth" in text
+    assert f"and {math.log(muon['mfa_kr_half_norm'] / muon['mha']):.3f} nats from MHA without a norm (one seed)" in text
+    assert abs(muon["mla_joint"] - muon["mfa"]) < 0.2
+    assert f"norm on the latent takes it to {muon['mla_deepseek']:.1f}, better than MHA" in text and muon["mla_deepseek"] < muon["mha"]
+    tried = {arm: results.losses_by_rate("modern", arm) for arm in muon}
+    tried = {arm: {factor: by[0] for factor, by in losses.items()} for arm, losses in tried.items() if len(losses) > 1}
+    best = {arm: min(losses, key=losses.get) for arm, losses in tried.items()}
+    assert len(tried) == 6 and {arm for arm, factor in best.items() if factor == 1} == {"mha", "mla_joint"}
+    assert sum(factor == 3 / 2 for factor in best.values()) == 4 and math.exp(tried["mla_joint"][3 / 2]) == pytest.approx(44.2, abs=0.05)
     assert all(adamw[arm] > adamw["mqa"] - 0.05 for arm in FIGURE1 if arm.startswith("mla"))
     narrow = ppl("why", "mqa_16")
     assert abs(narrow - adamw["mfa_kr"]) < 0.4  # as good as MFA-KR
     assert f"with Muon much worse ({muon['mqa_16']:.1f})" in text
-    assert f"DeepSeek-V4's core, which has no gate and a wider query, is at {muon['mfa_kr_v4']:.1f}" in text
+    at_3e_3 = "newer form {mfa_kr_half_norm:.1f}, paper's {mfa_kr:.1f}; DeepSeek-V4's core "
+    at_3e_3 += "{mfa_kr_v4:.1f}; turned back alone {mfa_kr_inverse:.1f}, half rotated too {mfa_kr_half:.1f}."
+    assert at_3e_3.format(**middle) in text
     assert f"It takes MHA from {muon['mha']:.1f} to {muon['mha_norm']:.1f} with Muon, the best of all here" in text
     assert muon["mha_norm"] == min(muon.values())
-    assert f"wider query does not help MFA ({muon['mfa_step3']:.1f})" in text and muon["mfa"] < muon["mfa_step3"]
-    parts = [muon[arm] for arm in ("mfa_kr_inverse", "mfa_kr_half", "mfa_kr_half_norm")]
-    assert "worse than the paper's form ({:.1f}); half rotated ({:.1f}) and with the norm ({:.1f}) it is better".format(*parts) in text
-    assert parts[0] > muon["mfa_kr"] > parts[1] > parts[2]
-    assert f"With Muon it is slightly worse than without ({muon['mfa_half']:.1f})" in text and muon["mfa"] < muon["mfa_half"]
+    assert f"wider query does not help MFA ({middle['mfa_step3']:.1f} at 3e-3)" in text and middle["mfa"] < middle["mfa_step3"]
+    assert "With Muon (3e-3) it is worse ({mfa_half:.1f}, without {mfa:.1f})".format(**middle) in text
+    assert middle["mfa"] < middle["mfa_half"]
     reused = [ppl("question_a", arm, 10 / 7) for arm in ("pre", "inverse", "post")]
     assert reused == sorted(reused) and f"(`pre`) are best, {reused[0]:.1f}" in text and f"clearly worse, {reused[2]:.1f}" in text
     gate, plain = ppl("table4", "gated"), ppl("table4", "vanilla")
@@ -188,13 +196,20 @@ def test_what_is_said_of_muon_by_heads_of_conversion_and_of_several_gpus_is_in_t
     assert f"AdamW {adamw:.1f} s" in text
     rows = train["muon"]["rows"]
     shares = {size: [training.added(row, "muon") for name, row in rows.items() if size in name] for size in ("small", "baby")}
-    assert f"Muon adds {max(shares['small']):.1%} to a step of the preset small at most, but" in text
-    assert f"{min(shares['baby']) * 100:.0f} to {max(shares['baby']):.0%} to baby's, which takes 3 to 4 ms" in text
-    assert all(3 <= round(row["ms"]["adamw"]) <= 4 for name, row in rows.items() if "baby" in name)
+    assert f"Muon adds {max(shares['small']):.1%} to a step of the preset small," in text
+    assert f"{min(shares['baby']) * 100:.0f} to {max(shares['baby']):.0%} to baby's, which takes 3 to 5 ms" in text
+    baby = [row["ms"] for name, row in rows.items() if "baby" in name]
+    assert all(3 <= round(ms["adamw"]) <= 5 for ms in baby)
+    longer = [ms["muon_heads"] / ms["muon"] - 1 for ms in baby]
+    assert f"or {min(longer) * 100:.0f} to {max(longer):.0%} longer in a small model" in text
     two = read_json(studies.RESULTS.with_name("many_gpus.json"))["speed"]["figures"][1]
     assert two["processes"] == 2 and f"train {2 * two['scaling']:.2f} times as fast as one" in text
-    large = next(row for row in sharding.read(sharding.RESULTS) if row["preset"] == "paper-7b" and row["shard"])
-    assert f"a context of {large['context']:,} does, at {large['tokens_per_s']:,.0f} tokens/s" in text
+    rows = [row for row in sharding.read(sharding.RESULTS) if row["preset"] == "paper-7b" and row["fits"]]
+    two, one = sorted(rows, key=lambda row: -row["processes"])
+    assert two["shard"] and f"at a context of {two['context']:,}, at {two['tokens_per_s']:,.0f} tokens/s" in text
+    assert not one["shard"] and f"One trains it at {one['context']:,} ({one['peak_bytes'] / 1e9:.0f} GB)" in text
+    ends = one["losses"][0], statistics.mean(one["losses"][-5:])
+    assert f"{len(one['losses'])} steps take its loss from {ends[0]:.1f} to {ends[1]:.1f}." in text
 
 
 def test_order_names_the_pairs_that_differ():

@@ -138,7 +138,7 @@ def test_seeds_come_after_the_rates_and_at_the_best_of_them():
     arms, core = list(studies.MODERN), studies.MODERN_CORE
     others = [arm for arm in arms if arm not in core]
     before = list(queue("modern"))
-    low, middle, high = studies.MUON_GRID
+    low, middle, high, highest = studies.MUON_GRID
     plan = [(arm, middle, 0) for arm in arms]
     plan += [(arm, factor, 0) for arm in core for factor in (low, high)]
     plan += [(arm, middle, 1) for arm in core]  # two seeds, on which a claim may rest
@@ -151,7 +151,8 @@ def test_seeds_come_after_the_rates_and_at_the_best_of_them():
     done = results_by_run(rows, f"pg-books-bpe{studies.VOCAB}")
     after = list(queue("modern", done=done))
     changed = {task.run.lr for task in after if task.run.seed and task.arm == "mfa"}
-    assert changed == {0.0045} and len(after) == len(before)
+    assert changed == {0.0045} and len(after) == len(before) + 1  # a rate beyond the best
+    assert [task for task in after if task.run == run_for("modern", "mfa", highest, 0)]
     others = [[task for task in tasks if task.arm != "mfa"] for tasks in (before, after)]
     assert others[0] == others[1]
 

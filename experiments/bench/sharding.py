@@ -16,6 +16,7 @@ random tokens, or of --text, whose losses are then told one by one. A line of JS
 """
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -248,7 +249,20 @@ def table(rows: list[dict]) -> str:
         else:
             cells += [f"not even {row['context']:,}", "", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(learned, filter(of_text, last.values()))])
+
+
+def of_text(row: dict) -> bool:
+    return row["fits"] and row["text"] != "random"
+
+
+def learned(row: dict) -> str:
+    """How the loss fell on a text."""
+    losses, size = row["losses"], row["processes"] * row["grad_accum"] * row["sequences"]
+    what = f"{row['preset']}, {row['attn']} on {row['text']}, {size} x {row['context']:,} a step"
+    last = f"{statistics.mean(losses[-5:]):.2f} in the mean of the last five"
+    rate = f"rate {row['learning_rate']:g} from the first step on"
+    return f"\n{what}, {rate}: loss {losses[0]:.2f} at first, {last} of {len(losses)} steps."
 
 
 def main(args: Bench) -> None:

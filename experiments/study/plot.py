@@ -1002,9 +1002,11 @@ PANELS = {
         "mfa_kr": ("MFA-KR, pre", "right"),
     }),
     "Muon, 2.2 tokens a parameter": ("modern", {
-        "mha": ("MHA", "above"),
+        "mha": ("MHA", "left"),
+        "mha_norm": ("MHA, qk_norm", "below"),
         "gqa2": ("GQA, 2 heads", "right"),
-        "mla_joint": ("MLA, joint", "below"),
+        "mla_joint": ("MLA, joint", "right"),
+        "mla_deepseek": ("MLA, normed latent", "below"),
         "mqa": ("MQA", "right"),
         "mfa": ("MFA", "left"),
         "mfa_kr": ("MFA-KR, pre", "right"),

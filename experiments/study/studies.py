@@ -61,7 +61,7 @@ SIZES = {
 SEEDS = (0, 1, 2)
 # Peak learning rates, as factors of the size's lr.
 GRID = (5 / 7, 1, 10 / 7)  # at 30M 1e-3, 1.4e-3, 2e-3
-MUON_GRID = (2 / 3, 1, 3 / 2)  # 2e-3, 3e-3, 4.5e-3
+MUON_GRID = (2 / 3, 1, 3 / 2, 9 / 4)  # 2e-3, 3e-3, 4.5e-3; see queue() for 6.75e-3
 BEST = ()  # in QUEUE: the best of them so far
 TOO_HIGH = 20 / 7  # 4e-3, which the first three arms do not stand
 
@@ -245,10 +245,12 @@ MODERN = {
     "mla_deepseek": Arm(
         "MLA as DeepSeek-V2-Lite's", MLA_DEEPSEEK, build="deepseek_init", **MUON
     ),
+    "mfa_norm": Arm("MFA, qk_norm", dict(**MFA, qk_norm=True), **MUON),
 }
 BEST_KR = "mfa_kr_half_norm"  # of MODERN's MFA-KRs
 HEADS_CORE = ("mha", "mfa", "mqa", BEST_KR)
-MODERN_CORE = (*HEADS_CORE, "mla_joint", "gqa2")  # what the claims rest on
+RATIO_CORE = (*HEADS_CORE, "mla_joint", "gqa2")
+MODERN_CORE = (*RATIO_CORE, "mha_norm", "mla_deepseek")  # what the claims rest on
 # Does Muon do better on heads one by one than on the matrix that stacks them? At 30M the stacked
 # ones are MODERN's.
 MUON_HEADS = {
@@ -266,7 +268,7 @@ MUON_HEADS = {
 }
 # Figure 1 at the paper's ratio of tokens to parameters, by both recipes.
 RATIO = {
-    f"muon_{arm}": MODERN[arm]._replace(size="30M, ratio, Muon") for arm in MODERN_CORE
+    f"muon_{arm}": MODERN[arm]._replace(size="30M, ratio, Muon") for arm in RATIO_CORE
 } | {
     f"adamw_{arm}": a._replace(size="30M, ratio", paper="")
     for arm, a in (*((arm, FIGURE1[arm]) for arm in ("mha", "mfa", "mqa", "mfa_kr")),
@@ -366,7 +368,8 @@ def queue(
 ) -> Iterator[Task]:
     """Every run of a study, or of all, once, in order.
 
-    done: the results, which say what rate is best; without them the middle one stands for it.
+    done: the results, which say what rate is best; without them the middle one stands for it. The
+    highest of MUON_GRID is only tried where the one before it was the best.
     """
     seen = set()
     for name, arms, factors, seeds in QUEUE:
@@ -374,7 +377,10 @@ def queue(
             continue
         for seed in seeds:
             for arm in arms:
-                for factor in factors or [best_rate(name, arm, done or {}, toy) or 1]:
+                best = best_rate(name, arm, done or {}, toy) or 1
+                for factor in factors or [best]:
+                    if factor == MUON_GRID[-1] and best not in MUON_GRID[-2:]:
+                        continue
                     run = run_for(name, arm, factor, seed, toy)
                     if run not in seen:
                         seen.add(run)
