@@ -96,8 +96,8 @@ class Config:
     ffn_dim: int = 0  # width of the SwiGLU; 0: 8/3 dim, rounded up to a multiple of 8
     pos: str = "rope"  # position embedding: rope, alibi or none
     rope_base: float = 500_000.0  # base of the rotary frequencies
-    rope_fraction: float = 1.0  # share of a query's and key's width, its end, that turns; not mla's
-    qk_norm: bool = False  # RMSNorm of each head's query and key, before they turn; not mla, fpba
+    rope_fraction: float = 1.0  # share of a query's and key's width, its end, to rotate; not mla
+    qk_norm: bool = False  # RMSNorm of each head's query and key, before RoPE; not mla, fpba
     dropout: float = 0.0  # on embedding, attention weights, and what a layer adds to the residual
     norm_eps: float = 1e-5  # of every RMSNorm
     tied: bool = True  # the output head is the embedding
@@ -181,12 +181,12 @@ PRESETS = {
                  fpba=dict(dim=64, ffn_dim=0)),
     "small": dict(vocab_size=50304, block_size=1024, n_layer=12, dim=768, head_dim=64, n_kv_head=4,
                   rope_dim=32, ffn_dim=2048),
-    # Section 4.4. Paper: the FFN width is in the missing Table 9; 4992 gives Table 3's 1.08B.
+    # Section 4.4. Paper: the FFN width is in the missing Table 9; 4992 gives MHA the 1.08B.
     "paper-1b": dict(vocab_size=65536, block_size=16384, n_layer=20, dim=2048, head_dim=128,
                      n_kv_head=4, rope_dim=64, mfa_n_head=14, ffn_dim=4992),
     # Table 7. Paper: the first, dense FFN is 2F + F_shared wide; the routed experts do not count
-    # the shared one; MFA-KR's expert width 1536 would make 7.0B, and 1508, half its shared width
-    # as in the other columns, makes 6.93B.
+    # the shared one; MFA-KR's expert width 1536 would make 7.05B without the embedding, and 1508,
+    # half its shared width as in the other columns, makes its 6.9B.
     "paper-7b": dict(vocab_size=65536, block_size=16384, n_layer=24, dim=2048, head_dim=128,
                      n_kv_head=4, rope_dim=64, mfa_n_head=18, n_expert=33, n_expert_active=2,
                      moe_ffn_dim=1312, shared_ffn_dim=2624, ffn_dim=5248,
@@ -326,7 +326,7 @@ def per_head(weight: Tensor, n: int) -> Tensor:
 
 
 def init_weights(module: nn.Module, cfg: Config, layer: int) -> None:
-    """Section 4.1: a truncated normal; what writes into the residual over sqrt(2 * depth).
+    """Section 4.1: a truncated normal; o, U and w2, into the residual, divided by sqrt(2 * depth).
 
     Paper: sqrt(2 * layer_idx), read as a one-based depth: zero would divide the first layer.
     """
@@ -335,7 +335,7 @@ def init_weights(module: nn.Module, cfg: Config, layer: int) -> None:
         if p.dim() == 1:
             nn.init.constant_(p, 0 if leaf == "alpha" else 1)  # 1: the gain of a norm
             continue
-        std = cfg.vo_std or cfg.std if leaf in ("s_v", "v", "o", "U") else cfg.std
+        std = (cfg.vo_std or cfg.std) if leaf in ("s_v", "v", "o", "U") else cfg.std
         if leaf in ("o", "U", "w2"):
             std = std / math.sqrt(2 * (layer + 1))
         nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)  # the default +-2 cuts nothing
@@ -348,14 +348,16 @@ class Attention(nn.Module):
 
         build(cfg)     its weights, `scale`, and `cache_shapes`: (heads, width) of what is cached
         counts(cfg)    its row of Table 1
-        query, to_cache, from_cache, output    the inference formulation
-        qk_circuit, vo_circuit                 the factorization formulation
+        query, to_cache                inference: q, and what a token leaves in the cache
+        qk_circuit(offset)             factorization: W_c where i - j = offset, (n, H, H)
+        vo_circuit(query, key)         U_c for the query at i = query and the key at j = key
 
-    and may give check, default_heads and visible. examples/my_attention.py has two of 15 lines.
+    and may give from_cache, output, check, default_heads and visible. examples/my_attention.py has
+    two of 15 lines.
     """
 
     uses = ("head_dim",)  # the fields of Config that must be at least 1
-    rotary = "head_dim"  # the one that RoPE turns
+    rotary = "head_dim"  # the one that RoPE rotates
     can_norm = True  # does it take qk_norm?
 
     def __init__(self, cfg: Config, layer: int = 0):
@@ -397,18 +399,18 @@ class Attention(nn.Module):
 
     @staticmethod
     def turned_width(cfg: Config, width: int) -> float:
-        """How many of a query's `width` dimensions turn: the last."""
+        """How many of a query's `width` dimensions RoPE rotates: the last."""
         return cfg.rope_fraction * width
 
     def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
         """x (..., T, w) at positions pos (T,), where the attention has rotary positions."""
         if self.cfg.pos != "rope":
             return x
-        still = x.shape[-1] - int(self.turned_width(self.cfg, x.shape[-1]))
-        if still == 0:
+        plain = x.shape[-1] - int(self.turned_width(self.cfg, x.shape[-1]))
+        if plain == 0:
             return rotate(x, pos, self.cfg.rope_base)
-        turned = rotate(x[..., still:], pos, self.cfg.rope_base)  # (..., T, w - still)
-        return torch.cat((x[..., :still], turned), dim=-1)  # (..., T, w)
+        rotated = rotate(x[..., plain:], pos, self.cfg.rope_base)  # (..., T, w - plain)
+        return torch.cat((x[..., :plain], rotated), dim=-1)  # (..., T, w)
 
     def positions(self, cached: Tensor) -> Tensor:
         """Of what the cache holds, (B, heads, S, width): (S,)."""
@@ -458,7 +460,7 @@ class Attention(nn.Module):
         return y.transpose(1, 2)  # (B, T, n, w_v)
 
     def mask(self, q: Tensor, S: int, pos: Tensor) -> Tensor | None:
-        """What scores may count, (T, S), or with ALiBi what is added to them, (1, n, T, S).
+        """Which scores count, (T, S), or with ALiBi what is added to them, (1, n, T, S).
 
         None where SDPA's own is_causal does: it is aligned top left, so right only from an empty
         cache; and a single query sees all there is.
@@ -537,7 +539,7 @@ class FPBA(Attention):
         return self.rotate(x, pos)[:, None].expand(-1, self.n_head, -1, -1)  # (B, H, T, H)
 
     def to_cache(self, x, pos):
-        k = torch.einsum("btk,chk->bcth", x, self.W)  # W_c x_j: (B, H, T, H)
+        k = torch.einsum("btk,chk->bcth", x, self.W)  # W_c x_j^T: (B, H, T, H)
         v = torch.einsum("bth,chk->bctk", x, self.U)  # x_j U_c: (B, H, T, H)
         return self.rotate(k, pos), v
 
@@ -626,15 +628,16 @@ class MLA(Attention):
 
     The latents are cached. R_(i-j) would stand between Q_c and K_c^T, and K_c could no longer be
     absorbed into the query (support/decode.py does that); so under rope the position goes through
-    d_r further dimensions, S_q Q'_c R_(i-j) K_r^T, with one rotary key K_r for all heads. joint_kv:
-    one latent S_kv for keys and values. compress_query=False: Q_c and Q'_c are straight from x.
+    d_r further dimensions, S_q Q'_c R_(i-j) K_r^T (q_rope and k_rope), with one rotary key K_r for
+    all heads. joint_kv: one latent S_kv for keys and values. compress_query=False: Q_c and Q'_c are
+    straight from x.
     """
 
     rotary, can_norm = "rope_dim", False
 
     @staticmethod
     def turned_width(cfg, width):
-        return width  # what turns is d_r
+        return width  # d_r of its own
 
     @classmethod
     def check(cls, cfg):
@@ -741,10 +744,10 @@ class MFA(Attention):
         H, m, C, r = cfg.dim, cfg.heads, cfg.latent, cfg.query_rank
         self.s_q = linear(H, r)
         self.s_k = linear(H, C)
-        self.q_norm = rms_norm(r, cfg, cfg.latent_norm)
+        self.q_norm = rms_norm(r, cfg, cfg.latent_norm)  # of x S_q
         self.q = linear(r, m * C)
         self.o = linear(m * C, H)
-        self.query_norm = rms_norm(C, cfg, cfg.qk_norm)
+        self.query_norm = rms_norm(C, cfg, cfg.qk_norm)  # of each head
         self.key_norm = rms_norm(C, cfg, cfg.qk_norm)
         self.scale = C**-0.5
         self.build_value(cfg)
@@ -831,14 +834,14 @@ class MFAKR(MFA):
         if self.key_reuse_rope == "inverse":
             y = self.rotate(y, -pos[:, None])  # (B, T, m, C)
         B, T, m, C = y.shape
-        if B * T <= self.cfg.dim:  # decoding
+        if B * T <= self.cfg.dim:  # few tokens, as in decoding
             return super().output(self.times_M(y), pos)  # (B, T, H)
         O = self.times_M(self.o.weight.unflatten(1, (m, C)), transposed=True)  # (H, m, C)
         return F.linear(y.flatten(2), O.flatten(1))  # (B, T, H)
 
     def times_M(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """x M, or x M^T with M^T = I + diag(alpha) N. The identity stays out of the product, where
-        autocast would round a small gate away.
+        """x M, or x M^T with M^T = I + diag(alpha) N: (..., C) -> (..., C). The identity stays out
+        of the product, where autocast would round a small gate away.
         """
         if self.cfg.key_reuse == "vanilla":
             return x
@@ -894,7 +897,7 @@ class MoE(nn.Module):
         weight, visited = prob.topk(self.k, dim=-1)  # (B*T, k), not renormalised
         y = torch.zeros_like(flat) if self.shared is None else self.shared(flat)  # (B*T, H)
         for e, expert in enumerate(self.experts):
-            token, slot = torch.where(visited == e)
+            token, slot = torch.where(visited == e)  # (visits,) twice
             out = expert(flat[token]) * weight[token, slot, None]  # (visits, H)
             y = y.index_add(0, token, out.to(y.dtype))
         self.load = torch.bincount(visited.flatten(), minlength=E) / visited.numel()  # (E,)
@@ -958,9 +961,10 @@ def draw(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 def exponential_race(logits: Tensor, temperature: float, generator) -> Tensor:
-    """Of exponential times over exp(logit_i / temperature) the least is at i with softmax_i's odds.
+    """Index i with probability softmax_i(logits / temperature): (B, V) -> (B, 1).
 
-    (B, V) -> (B, 1). torch.multinomial, which draws the same, would make the host wait for a GPU.
+    The least of exponential times, each over exp(logit_i / temperature), is at i that often.
+    torch.multinomial, which draws the same, would make the host wait for a GPU.
     """
     time = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30)  # (B, V)
     return logits.sub(time.log_(), alpha=temperature).argmax(dim=-1, keepdim=True)
@@ -1054,5 +1058,5 @@ class GPT(nn.Module):
                 new = idx[:, start + (cache.length if use_cache else 0) :]
                 logits = self.next_logits(new, cache)  # (B, vocab_size)
                 drawn = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)
-                idx = torch.cat((idx, drawn), dim=1)  # (B, T + 1, 2, ...)
+                idx = torch.cat((idx, drawn), dim=1)  # (B, T + 1), then T + 2 ...
         return idx

@@ -1,19 +1,17 @@
 """Train a language model with any of the attentions: python train.py --attn mfa_kr
 
-The paper's recipe (Section 4.1): AdamW (0.9, 0.95), eps 1e-8, weight decay 0.1 on matrices,
-clipping at 1.0, linear warm-up, cosine decay to 1e-5. Attentions are compared at equal parameters:
-the FFN takes what the attention saves. A run lives in one folder, out/<preset>-<attn> unless --out
-says otherwise:
+The paper's recipe (Section 4.1) unless RECIPES says otherwise: AdamW (0.9, 0.95), eps 1e-8, weight
+decay 0.1 on matrices, clipping at 1.0, linear warm-up, cosine decay to 1e-5. Attentions are
+compared at equal parameters: the FFN takes what the attention saves. A run lives in one folder,
+out/<preset>-<attn> unless --out says otherwise:
 
     latest.pt, best.pt    all that is needed to go on (--resume) or to sample
-    metrics.jsonl         one object a line; validation rows have step, val_loss (nats per token)
-                          and val_bpb
+    metrics.jsonl         a line of JSON each; at evaluations val_loss (nats per token), val_bpb
     loss.png              the curves
 
 Everything random in step s is drawn from (seed, s), so a run that was stopped and resumed, on any
 number of processes, sees the same batches as one that was not. torchrun --nproc_per_node=N
-train.py ... shares each batch out. To read: train() at the end is the loop; what it calls stands
-before it in the order of the call.
+train.py ... shares each batch out. To read: train() at the end is the loop.
 """
 
 import math
@@ -85,7 +83,7 @@ class Train:
     log_interval: int = 50  # steps between lines on the terminal
     seed: int = 1337  # of the weights and the batches
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps ...
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products alone
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     shard: bool = False  # each process of torchrun keeps its part of the model alone (FSDP2)
     checkpoint_blocks: bool = False  # compute blocks twice instead of keeping what is in them
     compile: bool = False  # torch.compile: the default on a GPU; a CPU needs a C++ compiler
@@ -152,7 +150,7 @@ def mha_of(cfg: Config) -> Config:
 def match_params(cfg: Config) -> Config:
     """cfg with the FFN (or routed expert) width at which it has its MHA model's parameters.
 
-    Within 1%; a width already that close stays (Table 7 brings its own). Raises ValueError if the
+    Within 0.8%; a width within 0.5% stays (Table 7 brings its own). Raises ValueError if the
     attention alone is too large.
     """
     name, width = ("moe_ffn_dim", cfg.moe_ffn_dim) if cfg.n_expert else ("ffn_dim", cfg.ffn)
@@ -179,7 +177,7 @@ def to_device(ids: np.ndarray, device: torch.device) -> Tensor:
 
     It fits if it takes less than a quarter; otherwise it stays on the disk.
     """
-    signed = torch.from_numpy(ids.view(f"i{ids.itemsize}"))  # torch cannot index uint16
+    signed = torch.from_numpy(ids.view(f"i{ids.itemsize}"))  # older torch cannot index uint16
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         return signed.to(device) if ids.nbytes < memory / 4 else signed
@@ -259,6 +257,7 @@ def new_model(args: Train, text: Tokens) -> GPT:
         raise BadInput(f"--vocab_size {args.model.vocab_size}: {what}")
     try:
         cfg = replace(args.model, vocab_size=max(args.model.vocab_size, n_vocab))
+        mha_of(cfg)  # with which the run is compared
         torch.manual_seed(args.seed)
         fixed = cfg.attn in ("mha", "fpba") or args.init_from
         matched = args.match_params and not fixed
@@ -315,7 +314,7 @@ def train_step(
 
     Both stay on the device, since reading them would wait for it. clip 0: no clipping, no norm.
     """
-    scaler, total, norm = machine.scaler, torch.zeros((), device=machine.device), None
+    scaler, norm, total = machine.scaler, None, torch.zeros((), device=machine.device)
     for i, batch in enumerate(batches):
         with machine.accumulating(more=i + 1 < len(batches)):
             with machine.autocast():
@@ -393,36 +392,37 @@ def train(args: Train) -> dict:
         text = open_text(args, machine, origin)
         model = machine.place(new_model(args, text), args.checkpoint_blocks).train()
         optimizer = make_optimizer(model, args)
-        at = Progress(args, machine, run, text.meta)
+        progress = Progress(args, machine, run, text.meta)
         if run.checkpoint:
-            at.restore(model, optimizer)
+            progress.restore(model, optimizer)
         elif origin:
             load_weights(model, origin, args.init_from)
         mha = mha_of(replace(args.model, vocab_size=model.cfg.vocab_size))
-        at.describe(model, mha, count_params(mha), (len(text.train), len(text.val)))
+        progress.describe(model, mha, count_params(mha), (len(text.train), len(text.val)))
         graphs = machine.device.type == "cuda" and machine.world == args.grad_accum == 1
         loss_of = machine.loss_function(model, args.compile, graphs)
 
-        with run, machine.training(), at.begun(model, optimizer):
-            while at.step < args.max_iters and not machine.signal:
-                rate = learning_rate(at.step, args)
+        with run, machine.training(), progress.begun(model, optimizer):
+            while progress.step < args.max_iters and not machine.signal:
+                rate = learning_rate(progress.step, args)
                 set_learning_rate(optimizer, rate)
-                seed_dropout(args, at.step, machine)
-                batches = text.batches(args, at.step, machine)  # each (B, T + 1)
+                seed_dropout(args, progress.step, machine)
+                batches = text.batches(args, progress.step, machine)  # each (B, T + 1)
                 loss, _ = train_step(model, loss_of, batches, optimizer, machine, args.grad_clip)
-                at.stepped(loss)
+                progress.stepped(loss)
 
-                evaluation_due = at.step % args.eval_interval == 0 or at.step == args.max_iters
-                if evaluation_due or at.line_due:
-                    at.tell_training(rate)
+                last = progress.step == args.max_iters
+                evaluation_due = last or progress.step % args.eval_interval == 0
+                if evaluation_due or progress.line_due:
+                    progress.tell_training(rate)
                 if evaluation_due:
                     val_loss = evaluate(model, text.val, machine)
-                    better = at.tell_validation(val_loss)
-                    run.save(at.state(model, optimizer), best=better)
+                    better = progress.tell_validation(val_loss)
+                    run.save(progress.state(model, optimizer), best=better)
                 elif machine.signal:
-                    at.check_weights(model)
-                    run.save(at.state(model, optimizer))
-        return at.end(model, mha)
+                    progress.check_weights(model)
+                    run.save(progress.state(model, optimizer))
+        return progress.end(model, mha)
 
 
 def main(args: Train) -> None:

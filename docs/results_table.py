@@ -50,7 +50,7 @@ MODELS = [
     Model("MHA", "mha", "mha"),
     Model("MHA with a norm", "mha_norm", None),
     Model("GQA", "gqa2", "gqa2"),
-    Model("MLA, normed latent", "mla_deepseek", "mla_deepseek"),
+    Model("MLA as DeepSeek-V2's", "mla_deepseek", "mla_deepseek"),
     Model("MFA", "mfa", "mfa"),
     Model("MQA", "mqa", "mqa"),
     Model("MFA-KR, newer form", "mfa_kr_half_norm", None),
@@ -199,11 +199,13 @@ def conditions(found: list[Arm], decode: dict) -> list[str]:
         heads = "MHA has 8 heads of d = 64 here, so MQA keeps an eighth; with 16 heads, as in the"
         heads += " drawing and in the paper's 1B, a sixteenth"
         heads += ". The flags are for that shape, at dim 512; for Muon add `--optimizer muon` and"
-        heads += " the `--learning_rate`, the best of two or more where it does not say only"
+        heads += " the `--learning_rate`, the best of three where it does not say only. DeepSeek's"
+        heads += " MLA begins with DeepSeek's init, too, for which there is no flag"
         cache = "The cache is a share of MHA's"
         lines.append(f"Perplexity: {study}. {cache}. {heads}.")
     if decode["rows"]:
-        shape = "the paper's 1B shape, the same attention and share, but all rotated, no norm"
+        shape = "the paper's 1B shape, our kernels (`sample.py`), the same attention and share, but"
+        shape += " all rotated, no norm"
         cell = f"random weights, batch {BATCH}, context {CONTEXT:,}, one {decode['device']}"
         lines.append(f"Tokens/s: {shape}; {cell}.")
     return lines
@@ -228,23 +230,24 @@ def advice(folder: Path = RESULTS) -> str:
             "a quarter",
             "GQA, 2 of 8 heads",
             "gqa2",
-            "Only if your server runs nothing else: MFA is better with half of it.",
+            "Only if your server runs nothing else. With AdamW it is better than MFA, with Muon "
+            "as good, at twice its cache.",
         ),
         (
             "an eighth",
             "**MFA**",
             "mfa",
-            f"Better than MQA. An MLA with a normed latent is better ({mla_ppl}), "
-            f"but keeps {mla_share}, and MLA is slower{slower}.",
+            f"Better than MQA. DeepSeek's MLA is better still ({mla_ppl}), but keeps {mla_share}, "
+            f"and MLA is slower{slower}.",
         ),
         (
             "a sixteenth",
             "**MFA-KR**, newer form",
             "mfa_kr_half_norm",
-            "Better than MQA with an eighth, and much better than an MQA that keeps a sixteenth.",
+            "At least as good as MQA with an eighth, and much better than MQA with a sixteenth.",
         ),
     ]
-    head = "| your cache, of MHA's | take | with | perplexity (30M, Muon, one seed) | |"
+    head = "| your cache, of MHA's | take | with (dim 512) | perplexity (30M, Muon, one seed) | |"
     lines = [head, "|---|---|---|---:|---|"]
     for budget, take, arm, why in rows:
         how = flags(STUDIES["modern"][arm])

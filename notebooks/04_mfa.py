@@ -322,10 +322,10 @@ plt.show()
 
 # %%
 close("with rope: inference and factorization", rope(x), rope.factorization(x))
-S, Q_r, K_r = rope.s_q.weight.T, rope.q.weight.unflatten(0, (m, C)).mT, rope.s_k.weight
+S, Q_r, S_k_T = rope.s_q.weight.T, rope.q.weight.unflatten(0, (m, C)).mT, rope.s_k.weight
 for offset in (0, 1, 7):
     R = rope.rotation(offset, Q_r, C)  # (C, C)
-    close(f"W_c({offset})", S @ Q_r @ R @ K_r, rope.qk_circuit(offset))
+    close(f"W_c({offset})", S @ Q_r @ R @ S_k_T, rope.qk_circuit(offset))
     assert rank(rope.qk_circuit(offset)).tolist() == [C] * m
 cached = {p: KVCache(GPT(replace(cfg, pos=p, n_layer=1)), 1, 1).numel() for p in ("none", "rope")}  # as allocated
 print("cached per token and layer:", cached)
@@ -336,7 +336,7 @@ assert cached == dict(none=2 * C, rope=2 * C)
 #
 # StepFun's own model Step-3 ships MFA with a wide query (`q_rank` 2048 at $C = 256$), and with an RMSNorm on the query latent
 # $x_i S_q$. The wide query moves it towards MQA, as in the plot above, and costs no cache; in our own study at 30M parameters
-# it closes MFA's gap to MHA in mean perplexity (notebook 07, the hollow points). The norm is another
+# with AdamW it closes MFA's gap to MHA in mean perplexity (notebook 07, the hollow points). The norm is another
 # matter: it divides by the size of the latent, so twice the input no longer gives twice the score. There is no $W_c$ any more,
 # and Eq. 7 does not exist.
 
@@ -362,9 +362,10 @@ except ValueError as error:
 #
 # A direction in which $S_q$ or $S_k$ is small is small in this gradient too, so $Q_c$ hardly learns there, and the other way
 # round. What counts is the *condition number* $\kappa$, the largest singular value over the smallest. AdamW divides every
-# entry by its own size, which is nearly the entry's sign, and knows nothing of directions. Muon divides every *singular value*
-# by its own size: the step is nearly $U V^T$ for a gradient $U \Sigma V^T$. We take the gradients of the 21st step of a small
-# MFA on Shakespeare and compare: the gradient, its sign, and what Muon makes of it.
+# entry by its own size, which is nearly the entry's sign, and knows nothing of directions. Muon (Jordan et al. 2024), an
+# optimizer for matrices, divides every *singular value* by its own size: the step is nearly $U V^T$ for a gradient
+# $U \Sigma V^T$. `--optimizer muon` does it to the matrix that stacks all $Q_c$, `muon_heads` to each $Q_c$. We take the
+# gradients of the 21st step of a small MFA on Shakespeare and compare: the gradient, its sign, and what Muon makes of it.
 
 # %%
 from support.muon import orthogonalize
@@ -446,12 +447,12 @@ torch.set_default_dtype(torch.float64)
 # %% [markdown]
 # (Faint: the second seed.) AdamW stretches the shared factors: $S_k$ ends about twice as badly conditioned as it began. Muon
 # leaves them nearly as they were. $Q_c$ alone tells little: its smallest singular value is mostly the luck of a random square
-# matrix. The product has all three in it, and AdamW's $W_c$ ends several times as badly conditioned as Muon's in the run kept
-# here.
+# matrix. The product has all three in it, and AdamW's $W_c$ ends several times as badly conditioned as Muon's in one of the
+# two runs kept here, and twice in the other.
 #
 # *Caveat.* 150 steps of a toy show the mechanism and decide nothing about losses: look at those printed. At 30M parameters
 # (`experiments/results/study.jsonl`) the same tokens take MFA from perplexity 43.2 with AdamW to 38.6 with Muon, and MQA with
-# the same cache from 43.1 to 39.4. MFA has a product of matrices in its query and MQA has none.
+# the same cache from 43.1 to 39.4 (Muon: one seed). MFA has a product of matrices in its query and MQA has none.
 #
 # ## Exercises
 #

@@ -317,22 +317,21 @@ for name in ("pre", "post", "inverse"):
 
 # %% [markdown]
 # `pre` rotates every cached key in every step. With PyTorch's operations a step then takes many times as long; a kernel that
-# turns keys as they pass costs a sixth of a step (notebook 06). `post` costs nothing extra; `inverse` rotates one output per
-# head. Which of them learns best is `question_a` of this project's study; notebook 07 prints what is measured. At 30M parameters
-# `post` is worse than `pre` in all three seeds, at both rates. We know of no published comparison.
+# rotates keys as they pass costs a sixth of a step (notebook 06). `post` costs nothing extra; `inverse` rotates one output per
+# head. Which of them learns best is question A of `experiments/RESULTS.md`; notebook 07 prints what is measured. At 30M
+# parameters `post` is worse than `pre` in all three seeds, at rates of 1.4e-3 and 2e-3. We know of no published comparison.
 #
 # ## Folding
 #
 # After training, $M$ can be folded behind the attention, exactly, and in every reading: it always stands directly before
 # $O_c^T$. So decoding needs $k_j$ and nothing else. In formulas, $\sum_j p_{ij}\,(k_j M)\, O_c^T = \big(\sum_j p_{ij}\,
-# k_j\big)\,(M O_c^T)$. The class uses it: in training mode it applies $M$ to the keys, in evaluation mode to the output
-# (`inverse` always to the output).
+# k_j\big)\,(M O_c^T)$. The class uses it: $M$ multiplies what has fewer rows, the output of a few tokens or $O_c^T$.
 
 # %%
 for name, attn in reading.items():
     close(f"{name:8} folded", containment.fold_key_reuse(attn)(x), attn(x))
-    if name != "inverse":  # two ways to compute the same
-        close(f"{name:8} eval and train mode", attn.eval()(x), attn.train()(x))
+    many = x.repeat(attn.cfg.dim, 1, 1)  # more tokens than O_c^T has rows
+    close(f"{name:8} few and many tokens", attn(x), attn(many)[: len(x)])
 
 # %% [markdown]
 # *Caveat.* Exact means up to rounding. In bfloat16 the folded matrix $M O_c^T$ is rounded once more; fold in float32 and
@@ -347,7 +346,7 @@ for name, attn in reading.items():
 # |---|---|---|---|
 # | MFA-KR of the paper | `mfa_kr` | `key_reuse="gated"`, `key_reuse_rope="pre"` (our reading) | yes |
 # | Step-3 | `mfa` | `latent_norm=True`, `q_rank` = 8 C | no |
-# | DeepSeek-V4, the core of its attention | `mfa_kr` | `key_reuse="vanilla"`, `key_reuse_rope="inverse"`, `rope_fraction` = 1/8 (64 of 512), `q_rank` = 2 C (1,024), `qk_norm=True` | without its norms |
+# | DeepSeek-V4, the core of its attention | `mfa_kr` | `key_reuse="vanilla"`, `key_reuse_rope="inverse"`, `rope_fraction` = 1/8 (64 of 512), `q_rank` = 2 C (1,024), `qk_norm=True`, `latent_norm=True` | without its norms |
 #
 # What surrounds the attention in a real model is left out. We build each one small and check three things. Its parameters are
 # those of `counts()`, and so is its cache. Where there is no norm between the factors, Eq. 1 gives the same numbers.
@@ -358,7 +357,7 @@ PUBLISHED = {
     "MFA-KR of the paper": dict(attn="mfa_kr", key_reuse="gated", key_reuse_rope="pre"),
     "Step-3": dict(attn="mfa", latent_norm=True, q_rank=8 * 16),
     "Step-3 without its norm": dict(attn="mfa", q_rank=8 * 16),
-    "DeepSeek-V4's core": dict(attn="mfa_kr", qk_norm=True, **core),
+    "DeepSeek-V4's core": dict(attn="mfa_kr", qk_norm=True, latent_norm=True, **core),
     "DeepSeek-V4's core without its norms": dict(attn="mfa_kr", **core),
 }
 built = {}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mfa import MFA, MHA, MLA, Attention
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic x -> A x + B x^3 + C x^5 of Jordan et al.
-SMALL = 1 << 24  # numbers up to which a GPU takes longer to launch a step than to run it
-AT_ONCE = 1 << 28  # numbers that are stacked at most: a GB, where a 7B's experts would take 16
+SMALL = 1 << 24  # elements up to which a GPU takes longer to launch a step than to run it
+AT_ONCE = 1 << 28  # elements that are stacked at most: a GB, where a 7B's experts would take 16
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
@@ -109,7 +109,7 @@ def groups_of(blocks: Iterable[nn.Module], apart: bool) -> list[dict]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, as long as an AdamW step; decoupled weight decay.
+    """Nesterov momentum, orthogonalised, with the RMS of an AdamW step; decoupled weight decay.
 
     For parameters (..., r, c). An orthogonal (r, c) matrix has entries of about max(r, c)^-0.5, a
     step of AdamW about 0.2 in each: the factor 0.2 max(r, c)^0.5 lets one learning rate serve both
@@ -117,35 +117,44 @@ class Muon(torch.optim.Optimizer):
     matrices that are stacked on the rows of its parameters one by one, heads=-n on the columns.
     """
 
+    launch: "Launch | None" = None  # of the class, so that a copy has none
+    stepped = False  # in this process, so that its kernels are chosen and loaded
+
     def __init__(self, params: Iterable, lr=1e-3, weight_decay: float = 0.1, momentum=0.95):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, heads=0)
         super().__init__(params, defaults)
-        self.launch: Launch | None = None
-        self.stepped = False  # in this process, so that its kernels are chosen and loaded
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """closure: of PyTorch's signature, not used."""
-        if self.stepped and self.fits_one_launch():
-            self.launch = self.launch or Launch(self)
-            self.launch()
-        else:
+        if not (self.stepped and self.fits_one_launch()):
             self.step_all()
             self.stepped = True
+            return
+        fixed = self.fixed()
+        if self.launch is None or self.launch.fixed != fixed:
+            self.launch = Launch(self, fixed)
+        self.launch()
 
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.launch = None  # it knows the tensors that were
+    @property
+    def params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def fits_one_launch(self) -> bool:
-        """A small model on one GPU, whose state is made, in no graph of others."""
-        groups = self.param_groups
-        params = [p for group in groups for p in group["params"]]
-        plain = all(p.is_cuda and p.grad is not None and p in self.state for p in params)
+        """A small model on one GPU, whose state is made, and no graph of others is captured."""
+        params = self.params
+        plain = all(p.is_cuda and p.grad is not None and self.state.get(p) for p in params)
         whole = not any(hasattr(p, "device_mesh") for p in params)
         small = sum(p.numel() for p in params) <= SMALL
-        alone = all(isinstance(group["lr"], float) for group in groups)
-        return plain and whole and small and alone
+        known = all(isinstance(group["lr"], float) for group in self.param_groups)
+        alone = plain and not torch.cuda.is_current_stream_capturing()
+        return plain and whole and small and known and alone
+
+    def fixed(self) -> list:
+        """What a graph of the step takes as it was: places in memory, and numbers."""
+        tensors = [x for p in self.params for x in (p, self.state[p]["momentum"])]
+        numbers = [[g[k] for k in ("weight_decay", "momentum", "heads")] for g in self.param_groups]
+        return [x.data_ptr() for x in tensors] + numbers
 
     def step_all(self) -> None:
         for group in self.param_groups:
@@ -172,8 +181,8 @@ class Muon(torch.optim.Optimizer):
                 with branch():
                     like, some = params[which[0]], torch.stack([ahead[i] for i in which])
                     whole = heads_apart(gather(some, like), n)  # (k, ..., r, c)
-                    length = 0.2 * max(whole.shape[-2:]) ** 0.5
-                    direction = orthogonalize(whole) * (-lr * length)
+                    scale = 0.2 * max(whole.shape[-2:]) ** 0.5
+                    direction = orthogonalize(whole) * (-lr * scale)
                     steps |= zip(which, keep(heads_together(direction, n), like), strict=True)
         params = [local(p) for p in params]
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
@@ -181,21 +190,20 @@ class Muon(torch.optim.Optimizer):
 
 
 class Launch:
-    """A step of Muon as one CUDA graph."""
+    """A step of Muon as one CUDA graph, as long as muon.fixed() stays what it is."""
 
-    def __init__(self, muon: Muon):
-        self.groups = muon.param_groups
-        self.params = [p for group in self.groups for p in group["params"]]
+    def __init__(self, muon: Muon, fixed: list):
+        self.groups, self.params, self.fixed = muon.param_groups, muon.params, fixed
         self.grads = [torch.empty_like(p) for p in self.params]  # a graph reads the same places
         self.rates = [torch.zeros((), device=self.params[0].device) for _ in self.groups]
-        before = [p.grad for p in self.params], [group["lr"] for group in self.groups]
+        grads, rates = [p.grad for p in self.params], [group["lr"] for group in self.groups]
         self.graph = torch.cuda.CUDAGraph()
         try:
             self.give(self.grads, self.rates)
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 muon.step_all()
         finally:
-            self.give(*before)
+            self.give(grads, rates)
 
     def give(self, grads: list[Tensor], rates: list) -> None:
         for p, grad in zip(self.params, grads, strict=True):
@@ -225,16 +233,18 @@ def side_by_side(on_gpu: bool):
         streams[-1].wait_stream(main)
         return torch.cuda.stream(streams[-1])
 
-    yield branch
-    for stream in streams:
-        main.wait_stream(stream)
+    try:
+        yield branch
+    finally:
+        for stream in streams:
+            main.wait_stream(stream)
 
 
-def at_most(params: list[Tensor], numbers: int) -> Iterator[list[Tensor]]:
-    """The parameters in order, so many at a time that they have that many numbers, or one."""
+def at_most(params: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
+    """The parameters in order, in chunks of at most that many elements, or of one parameter."""
     some, size = [], 0
     for p in params:
-        if some and size + p.numel() > numbers:
+        if some and size + p.numel() > elements:
             yield some
             some, size = [], 0
         some, size = [*some, p], size + p.numel()

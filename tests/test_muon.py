@@ -1,5 +1,9 @@
 """What support/muon.py promises, one statement of fact a test."""
 
+import copy
+import itertools
+import pickle
+
 import pytest
 import torch
 from attentions import MAIN, gpt
@@ -54,6 +58,38 @@ def test_a_matrix_steps_alike_alone_and_beside_others():
         assert torch.allclose(a, b, rtol=1e-13, atol=1e-13)
 
 
+def test_a_graph_of_the_step_is_made_anew_when_what_it_fixed_changes():
+    muon = stepped_muon()
+    (p,) = muon.params
+    seen = [muon.fixed()]
+    moved, muon.param_groups[0]["weight_decay"] = p.data, 0.5
+    seen.append(muon.fixed())
+    p.data = moved.clone()
+    seen.append(muon.fixed())
+    muon.load_state_dict(copy.deepcopy(muon.state_dict()))  # its tensors are others
+    seen.append(muon.fixed())
+    assert all(a != b for a, b in itertools.pairwise(seen)) and muon.fixed() == seen[-1]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda muon: pickle.loads(pickle.dumps(muon))])
+def test_a_copy_steps_as_the_original_does(again):
+    muon = stepped_muon()
+    other = again(muon)
+    for each in (muon, other):
+        (p,) = each.params
+        p.grad = torch.ones(4, 6) + torch.eye(4, 6)
+        each.step()
+    assert torch.equal(muon.params[0], other.params[0])
+
+
+def stepped_muon() -> Muon:
+    p = torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
+    p.grad = torch.ones(4, 6)
+    muon = Muon([p])
+    muon.step()
+    return muon
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer", ["muon", "muon_heads"])
 def test_one_launch_gives_what_many_do(optimizer, monkeypatch):
@@ -70,8 +106,13 @@ def test_one_launch_gives_what_many_do(optimizer, monkeypatch):
                 p.grad = torch.randn(p.shape, generator=g, device="cuda")
             for group in both.param_groups:
                 group["lr"] = 0.01 * (step + 1)
+            if step == 3:
+                both.muon.param_groups[0]["weight_decay"] = 0.5
             if step == 5:
                 both.load_state_dict(both.state_dict())
+            if step == 6:
+                for p in model.parameters():
+                    p.data = p.data.clone()
             both.step()
         assert isinstance(both.muon.launch, Launch) == one
         ends.append([p.detach().clone() for p in model.parameters()])

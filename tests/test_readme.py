@@ -73,7 +73,7 @@ NOT_RUN = {
     "python experiments/study/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
     "python experiments/study/run.py --study all --smoke": "tests/test_run.py does it",
     "python experiments/convert.py --checkpoint out/tiny-mha/best.pt --to mfa --out out/converted": "tests/test_convert.py does it",
-    "python experiments/study/conversion.py": "needs the text of pg-books and a GPU; tests/test_convert.py does it with --smoke",
+    "python experiments/study/conversion.py --source DIR": "needs the text of pg-books and a GPU; tests/test_convert.py does it with --smoke",
     "python experiments/probes/kill_test.py --results FILE": "minutes; tests/test_train.py kills three times",
     "python docs/quick_start.py": "minutes; the quick start's commands are run for two steps",
     "python experiments/bench/decoding.py --nanogpt FOLDER": "needs a checkout of nanoGPT and a GPU",

@@ -164,7 +164,7 @@ def main_table(results: Results, study: str) -> str:
     for arm, a in STUDIES[study].items():
         rows = results.of(study, arm)
         sizes = sizes_of(results.run(study, arm))
-        lr = f"{rows[0]['lr']:.2g}" if rows else "–"
+        lr = f"{rows[0]['lr']:.3g}" if rows else "–"
         n_rates = len(results.losses_by_rate(study, arm))
         if rows and study in WITH_GRID and n_rates < len(GRID):
             lr += f", of {n_rates} tried"
@@ -270,7 +270,7 @@ def why_part(results: Results) -> str:
 
 
 def rates_of(results: Results, study: str, arm: str, factors: Iterable[float]) -> list[str]:
-    return [f"{results.run(study, arm, factor).lr:.2g}" for factor in factors]
+    return [f"{results.run(study, arm, factor).lr:.3g}" for factor in factors]
 
 
 def grid_part(results: Results) -> str:
@@ -304,7 +304,7 @@ def rates_table(results: Results, study: str, arms: Iterable[str]) -> str:
     for arm in arms:
         rows, sizes = results.of(study, arm), sizes_of(results.run(study, arm))
         counts = [f"{sizes.cache_bytes:,}", f"{sizes.cache_share:.2%}"]
-        counts += [f"{sizes.params / 1e6:.2f}M", f"{rows[0]['lr']:.2g}" if rows else "–"]
+        counts += [f"{sizes.params / 1e6:.2f}M", f"{rows[0]['lr']:.3g}" if rows else "–"]
         runs = [results.run(study, arm, factor) for factor in grid]
         cells = [
             outcome([results.done[run]] if run in results.done else []) if run in planned else "–"
@@ -458,7 +458,7 @@ def gradient_part(results: Results) -> str:
             f"{share:.0%}" if share < math.inf else "not finite"
             for share in (moved[0], max(moved), moved[-1])
         )
-        which = [f"{row['study']}: {row['name']}", f"{row['lr']:.2g}", str(row["seed"])]
+        which = [f"{row['study']}: {row['name']}", f"{row['lr']:.3g}", str(row["seed"])]
         body.append([*which, first, most, last, outcome([row])])
     head = ["", "peak lr", "seed", "gradient off by, first look", "most", "last look", "perplexity"]
     text = f"Rounding moves the gradient of the other {len(others)} of {len(measured)} runs"
@@ -1003,10 +1003,10 @@ PANELS = {
     }),
     "Muon, 2.2 tokens a parameter": ("modern", {
         "mha": ("MHA", "left"),
-        "mha_norm": ("MHA, qk_norm", "below"),
+        "mha_norm": ("qk_norm", "below"),
         "gqa2": ("GQA, 2 heads", "right"),
         "mla_joint": ("MLA, joint", "right"),
-        "mla_deepseek": ("MLA, normed latent", "below"),
+        "mla_deepseek": ("MLA, DeepSeek's", "below"),
         "mqa": ("MQA", "right"),
         "mfa": ("MFA", "left"),
         "mfa_kr": ("MFA-KR, pre", "right"),

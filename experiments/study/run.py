@@ -463,7 +463,7 @@ def estimate(run: Run, rows: list[dict], args: Args, device: str) -> float:
 
 
 def describe(task: Task) -> str:
-    return f"{task.study:10} {task.arm:20} lr {task.run.lr:<7.2g} seed {task.run.seed}"
+    return f"{task.study:10} {task.arm:20} lr {task.run.lr:<7.3g} seed {task.run.seed}"
 
 
 def print_queue(args: Args, rows: list[dict], device: str) -> None:

@@ -246,6 +246,7 @@ MODERN = {
         "MLA as DeepSeek-V2-Lite's", MLA_DEEPSEEK, build="deepseek_init", **MUON
     ),
     "mfa_norm": Arm("MFA, qk_norm", dict(**MFA, qk_norm=True), **MUON),
+    "mqa_norm": Arm("MQA, qk_norm", dict(**MQA, qk_norm=True), **MUON),
 }
 BEST_KR = "mfa_kr_half_norm"  # of MODERN's MFA-KRs
 HEADS_CORE = ("mha", "mfa", "mqa", BEST_KR)
