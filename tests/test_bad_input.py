@@ -326,6 +326,7 @@ TABLE = {
     "context longer than the validation text": (nothing, "train.py --block_size 2000", "the validation text", "2000 tokens"),
     "no context": (nothing, "train.py --block_size 0", "block_size must be at least 1, not 0"),
     "no such attention": (nothing, "train.py --attn flash", "--attn must be one of fpba, mha", "not 'flash'"),
+    "no MHA to compare with": (nothing, "train.py --attn fpba --dim 8 --head_dim 16", "--attn fpba: head_dim 16 leaves no head in dim 8", "make it smaller"),
     "no such preset": (nothing, "train.py --preset huge", "--preset must be one of tiny, baby", "not 'huge'"),
     "impossible model": (nothing, "train.py --dropout 2", "dropout must be in [0, 1), not 2.0"),
     "heads that do not divide": (nothing, "train.py --attn gqa --n_kv_head 3", "n_head 4 must be a multiple of n_kv_head 3"),

@@ -236,8 +236,8 @@ def run_numbers(out: Path) -> dict:
         found[f"{name} weights"], found[f"{name} optimizer"] = ckpt["model"], ckpt["optimizer"]
         apart = ("model", "optimizer", "args", "seconds", "versions")
         found[f"{name} rest"] = {k: v for k, v in ckpt.items() if k not in apart}
-        here = str(Path.cwd())  # each tree's commands run in a folder of their own
-        found["flags"] = {k: str(v).replace(here, ".") for k, v in ckpt["args"].items()}
+        # Each tree's commands run in a folder of their own.
+        found["flags"] = re.sub(r"[^']*[\\/](old|new)[\\/]work", ".", str(ckpt["args"]))
     return found
 
 
