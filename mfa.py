@@ -181,7 +181,7 @@ PRESETS = {
                  fpba=dict(dim=64, ffn_dim=0)),
     "small": dict(vocab_size=50304, block_size=1024, n_layer=12, dim=768, head_dim=64, n_kv_head=4,
                   rope_dim=32, ffn_dim=2048),
-    # Section 4.4. Paper: the FFN width is in the missing Table 9; 4992 gives MHA the 1.08B.
+    # Section 4.4. Paper: the FFN width is in the missing Table 9; at 4992 MHA has its 1.08B.
     "paper-1b": dict(vocab_size=65536, block_size=16384, n_layer=20, dim=2048, head_dim=128,
                      n_kv_head=4, rope_dim=64, mfa_n_head=14, ffn_dim=4992),
     # Table 7. Paper: the first, dense FFN is 2F + F_shared wide; the routed experts do not count
@@ -326,7 +326,7 @@ def per_head(weight: Tensor, n: int) -> Tensor:
 
 
 def init_weights(module: nn.Module, cfg: Config, layer: int) -> None:
-    """Section 4.1: a truncated normal; o, U and w2, into the residual, divided by sqrt(2 * depth).
+    """Section 4.1: a truncated normal. o, U, w2 write into the residual: over sqrt(2 * depth).
 
     Paper: sqrt(2 * layer_idx), read as a one-based depth: zero would divide the first layer.
     """
@@ -381,9 +381,9 @@ class Attention(nn.Module):
             width = cfg.latent if cls.rotary == "latent_dim" else getattr(cfg, cls.rotary)
             what = f"since pos='rope' rotates pairs, not {width}"
             require(width % 2 == 0, f"{cls.rotary} must be even, {what}")
-            turned = cls.turned_width(cfg, width)
+            rotated = cls.rotated_width(cfg, width)
             what = f"rope_fraction {cfg.rope_fraction} of {cls.rotary} {width} must be even, not"
-            require(turned % 2 == 0 and turned > 0, f"{what} {turned:g}")
+            require(rotated % 2 == 0 and rotated > 0, f"{what} {rotated:g}")
         require(not cfg.qk_norm or cls.can_norm, f"qk_norm is not for {cfg.attn}")
 
     @classmethod
@@ -398,7 +398,7 @@ class Attention(nn.Module):
     # Positions, in both formulations
 
     @staticmethod
-    def turned_width(cfg: Config, width: int) -> float:
+    def rotated_width(cfg: Config, width: int) -> float:
         """How many of a query's `width` dimensions RoPE rotates: the last."""
         return cfg.rope_fraction * width
 
@@ -406,7 +406,7 @@ class Attention(nn.Module):
         """x (..., T, w) at positions pos (T,), where the attention has rotary positions."""
         if self.cfg.pos != "rope":
             return x
-        plain = x.shape[-1] - int(self.turned_width(self.cfg, x.shape[-1]))
+        plain = x.shape[-1] - int(self.rotated_width(self.cfg, x.shape[-1]))
         if plain == 0:
             return rotate(x, pos, self.cfg.rope_base)
         rotated = rotate(x[..., plain:], pos, self.cfg.rope_base)  # (..., T, w - plain)
@@ -636,7 +636,7 @@ class MLA(Attention):
     rotary, can_norm = "rope_dim", False
 
     @staticmethod
-    def turned_width(cfg, width):
+    def rotated_width(cfg, width):
         return width  # d_r of its own
 
     @classmethod

@@ -66,19 +66,19 @@ def target(cfg: Config, attn: str, **fields) -> Config:
         fits = g % new.n_kv_head == 0
         require(fits, f"n_kv_head must divide the checkpoint's {g}, not be {new.n_kv_head}")
     if cfg.pos == "rope":
-        flag, wanted = "rope_dim" if attn == "mla" else "rope_fraction", turned_width(new)
+        flag, wanted = "rope_dim" if attn == "mla" else "rope_fraction", rotated_width(new)
         what = f"{flag} makes {wanted} dimensions turn, and in the checkpoint {turned} do"
         require(wanted <= turned, f"{what}: lower it")
     return new
 
 
-def turned_width(cfg: Config) -> int:
+def rotated_width(cfg: Config) -> int:
     """Dimensions of a key that turn."""
     if cfg.pos != "rope":
         return 0
     kind = ATTENTION[cfg.attn]
     width = cfg.latent if kind.rotary == "latent_dim" else getattr(cfg, kind.rotary)
-    return int(kind.turned_width(cfg, width))
+    return int(kind.rotated_width(cfg, width))
 
 
 def choose_ladder(gains: list[float], slots: int) -> int:
@@ -92,7 +92,7 @@ def convert(model: GPT, cfg: Config, seen: list[Seen] | None = None) -> GPT:
     """model as a model of cfg, which is a target() of its own. seen: by see(), for each layer."""
     attentions = [block.attn for block in model.blocks]
     layers = [Layer(a, seen[a.layer] if seen else None) for a in attentions]
-    slots, turning = turned_width(cfg) // 2, []
+    slots, turning = rotated_width(cfg) // 2, []
     if slots:
         g, frequencies = len(layers[0].K), range(len(layers[0].pairs))
         groups = ATTENTION[cfg.attn].kv_heads(cfg) if cfg.attn in ("gqa", "mqa") else 1

@@ -351,7 +351,7 @@ def from_cache_computes(attn: Attention) -> bool:
 def unrotated_width(attn: Attention) -> int:
     """Of the latent key's C dimensions so many, the first, do not turn: Config.rope_fraction."""
     C = attn.cfg.latent
-    return C - int(attn.turned_width(attn.cfg, C))
+    return C - int(attn.rotated_width(attn.cfg, C))
 
 
 def rotary_pairs(attn: Attention, device=None) -> tuple[Tensor, Tensor]:

@@ -249,11 +249,8 @@ def table(rows: list[dict]) -> str:
         else:
             cells += [f"not even {row['context']:,}", "", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *map(learned, filter(of_text, last.values()))])
-
-
-def of_text(row: dict) -> bool:
-    return row["fits"] and row["text"] != "random"
+    told = [learned(row) for row in last.values() if row["fits"] and row["text"] != "random"]
+    return "\n".join([*lines, *told])
 
 
 def learned(row: dict) -> str:

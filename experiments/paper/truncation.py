@@ -111,7 +111,7 @@ class Layer:
         pos = torch.arange(T, device=eye.device)[:, None]  # (T, 1)
         R = attn.rotate(eye[:d, :d].expand(T, d, d), pos)  # (T, d, d)
         self.mean_turn = torch.einsum("nt,tij->nij", distances, R)  # (n, d, d)
-        turned = int(attn.turned_width(attn.cfg, d)) if attn.cfg.pos == "rope" else 0
+        turned = int(attn.rotated_width(attn.cfg, d)) if attn.cfg.pos == "rope" else 0
         first = torch.arange(d - turned, d - turned // 2)
         self.pairs = torch.stack((first, first + turned // 2), dim=-1).tolist()  # of dimensions
 
