@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(ROOT))
 
+from experiments.bench import equal_time  # noqa: E402
 from experiments.bench.decoding import quickest  # noqa: E402
 from experiments.paper.tables import FIGURE1_MLA  # noqa: E402, F401 (the page asks for it)
 from experiments.study.plot import Results, outcome  # noqa: E402
@@ -26,7 +27,7 @@ from experiments.study.studies import Arm as Planned  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
 MISSING = "not measured"
-PRESET = "paper-1b"  # the shape of the counted columns and of the speeds
+PRESET, SHAPE = "paper-1b", "1B"  # the shape of the counted columns and of the speeds
 BATCH, CONTEXT = 32, 16384  # of the speeds
 between = around  # (head, tail) of a README around one of its tables
 
@@ -127,6 +128,7 @@ class Measured:
     def __init__(self, folder: Path = RESULTS):
         self.results = Results(read_results(folder / "study.jsonl"))
         self.decode = read_decode(folder)
+        self.times = equal_time.read(folder / equal_time.RESULTS.name)
 
     def arm(self, study: str, arm: str | None) -> Arm | None:
         """What an arm reached; None if it was not made."""
@@ -161,6 +163,16 @@ class Measured:
         same = row and row["counts_bytes"] == arm.share * whole
         return f"{row['tokens_per_s']:,.0f}" if same else "–"
 
+    def training(self, arm: Arm) -> str:
+        """Speed beside MHA's at PRESET's shape, where such a model of this share was measured."""
+        names = "attn", "q_rank", "qk_norm", "key_reuse_rope"
+        wanted = arm.share, *(arm.rows[0]["config"][name] for name in names)
+        for (shape, what, _), row in self.times.items():
+            found = cache_share(Config(**row["config"])), *(row["config"][name] for name in names)
+            if (shape, what) == (SHAPE, "train") and found == wanted:
+                return f"{row['of_mha']:.2f}"
+        return "–"
+
 
 def flags(planned: Planned) -> str:
     """What train.py takes for it."""
@@ -175,8 +187,9 @@ def table(folder: Path = RESULTS) -> str:
     """The README's results, one model a row, with the conditions below them, in Markdown."""
     measured = Measured(folder)
     head = ["", "flags of `train.py`", "cache"]
-    head += ["perplexity, Muon", "at rate", "perplexity, AdamW", "tokens/s, 1B"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|---:|"]
+    head += ["perplexity, Muon", "at rate", "perplexity, AdamW"]
+    head += ["tokens/s, 1B", "training, MHA = 1"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|---:|---:|"]
     found = []
     for model in MODELS:
         arms = measured.arms(model)
@@ -185,29 +198,35 @@ def table(folder: Path = RESULTS) -> str:
         cells = [str(arm) if arm else "–" for arm in arms]
         cells.insert(1, measured.rate(model.muon))
         size = f"{100 * made[0].share:.4g}%" if made else MISSING
-        speed = measured.speed(made[0]) if made else MISSING
-        words = [model.name, flags(model.planned), size, *cells, speed]
+        speeds = [measured.speed(made[0]), measured.training(made[0])] if made else [MISSING] * 2
+        words = [model.name, flags(model.planned), size, *cells, *speeds]
         lines.append(f"| {' | '.join(words)} |")
-    return "\n".join([*lines, "", *conditions(found, measured.decode)])
+    return "\n".join([*lines, "", *conditions(found, measured)])
 
 
-def conditions(found: list[Arm], decode: dict) -> list[str]:
+def conditions(found: list[Arm], measured: Measured) -> list[str]:
     """Under which conditions the columns hold, a line each."""
     lines = []
     if found:
-        study = f"validation, {setting(found[0].rows[0])}; ± over three seeds, else one seed"
+        study = f"validation, {setting(found[0].rows[0])}; ± over three seeds with"
+        study += " AdamW and two with Muon, else one seed"
         heads = "MHA has 8 heads of d = 64 here, so MQA keeps an eighth; with 16 heads, as in the"
         heads += " drawing and in the paper's 1B, a sixteenth"
         heads += ". The flags are for that shape, at dim 512; for Muon add `--optimizer muon` and"
-        heads += " the `--learning_rate`, the best of three where it does not say only. DeepSeek's"
+        heads += " the `--learning_rate`, the best of three or four where it does not say only."
+        heads += " DeepSeek's"
         heads += " MLA begins with DeepSeek's init, too, for which there is no flag"
         cache = "The cache is a share of MHA's"
         lines.append(f"Perplexity: {study}. {cache}. {heads}.")
+    decode = measured.decode
     if decode["rows"]:
         shape = "the paper's 1B shape, our kernels (`sample.py`), the same attention and share, but"
         shape += " all rotated, no norm"
         cell = f"random weights, batch {BATCH}, context {CONTEXT:,}, one {decode['device']}"
-        lines.append(f"Tokens/s: {shape}; {cell}.")
+        text = f"Tokens/s: {shape}; {cell}."
+        if ours := measured.times.get((SHAPE, "train", "mfa")):
+            text += f" Training: steps a second at 1B beside MHA's, context {ours['context']:,}."
+        lines.append(text)
     return lines
 
 
@@ -219,6 +238,7 @@ def advice(folder: Path = RESULTS) -> str:
     plain, mla_ppl = measured.ppl("mha"), measured.ppl("mla_deepseek")
     deepseek = measured.arm("modern", "mla_deepseek")
     mla_share = f"{deepseek.share:.1%}" if deepseek else MISSING
+    mqa, narrow = measured.ppl("mqa"), measured.ppl("mqa_16")
     rows = [
         (
             "all of it",
@@ -230,24 +250,25 @@ def advice(folder: Path = RESULTS) -> str:
             "a quarter",
             "GQA, 2 of 8 heads",
             "gqa2",
-            "Only if your server runs nothing else. With AdamW it is better than MFA, with Muon "
-            "as good, at twice its cache.",
+            "Only if your server runs nothing else, or if training is what you pay for. With AdamW "
+            "it is better than MFA, with Muon it is not, at twice the cache.",
         ),
         (
             "an eighth",
             "**MFA**",
             "mfa",
-            f"Better than MQA. DeepSeek's MLA is better still ({mla_ppl}), but keeps {mla_share}, "
-            f"and MLA is slower{slower}.",
+            f"Better than MQA ({mqa}), as good as MHA without the norm. DeepSeek's MLA ({mla_ppl}) "
+            f"may be better, but keeps {mla_share}, and MLA is slower{slower}.",
         ),
         (
             "a sixteenth",
             "**MFA-KR**, newer form",
             "mfa_kr_half_norm",
-            "At least as good as MQA with an eighth, and much better than MQA with a sixteenth.",
+            f"Better than MQA with an eighth, much better than MQA with a sixteenth ({narrow}), as "
+            "good as GQA with a quarter.",
         ),
     ]
-    head = "| your cache, of MHA's | take | with (dim 512) | perplexity (30M, Muon, one seed) | |"
+    head = "| your cache, of MHA's | take | with (dim 512) | perplexity (30M, Muon) | |"
     lines = [head, "|---|---|---|---:|---|"]
     for budget, take, arm, why in rows:
         how = flags(STUDIES["modern"][arm])

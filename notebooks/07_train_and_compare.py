@@ -504,7 +504,7 @@ print("" if figure1 else "No runs yet. The paper: MFA better than MHA, MHA than 
 muon = {arm: found for arm in studies.MODERN if (found := results.trained("modern", arm))}
 both = [arm for arm in muon if arm in figure1 and studies.MODERN[arm].model == studies.FIGURE1[arm].model]
 mean = {arm: [statistics.mean(row["ppl"] for row in of[arm]) for of in (figure1, muon)] for arm in both}
-for arm, found in sorted(muon.items(), key=lambda item: item[1][0]["ppl"]):
+for arm, found in sorted(muon.items(), key=lambda item: statistics.mean(row["ppl"] for row in item[1])):
     name = studies.MODERN[arm].name.partition(":")[0]
     print(f"{name:38} {found[0]['cache_share']:7.2%}  Muon {outcome(found):6}", f" AdamW {outcome(figure1[arm])}" if arm in both else "")
 for arm, ends in mean.items():

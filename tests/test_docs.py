@@ -243,7 +243,9 @@ def test_the_advice_is_what_the_results_say():
     assert [share[arm] for arm in ("mha", "gqa2", "mfa", "mfa_kr_half_norm")] == [1, 1 / 4, 1 / 8, 1 / 16]
     assert ppl["mha_norm"] == min(ppl.values())  # nothing is better, whatever its cache
     assert f"Without the norm: {measured.ppl('mha')}." in figures.advice()
+    assert all(len(measured.arm("modern", arm).ppl) == 2 for arm in ("mha_norm", "mha", "gqa2", "mfa", "mfa_kr_half_norm", "mqa"))
     assert ppl["mfa"] < ppl["gqa2"] and ppl["mfa"] < ppl["mqa"] and share["mqa"] == share["mfa"]
+    assert abs(ppl["mfa"] - ppl["mha"]) < 0.2 and abs(ppl["mfa_kr_half_norm"] - ppl["gqa2"]) < 0.2
     assert ppl["mla_deepseek"] < ppl["mfa"] and share["mla_joint"] == share["mla_deepseek"] > share["mfa"]
     decode = figures.read_decode()
     assert figures.speeds(decode, "mla")["joint"]["tokens_per_s"] < figures.speeds(decode, "mfa")[""]["tokens_per_s"]
@@ -326,7 +328,17 @@ def results(tmp_path):
     ]
     decode = dict(device="a GPU", bandwidth=4.0e12, rows=rows, largest_batch=largest)
     (tmp_path / "decode.json").write_text(json.dumps(decode), encoding="utf-8")
+    trained = [trained_at(what, attn) for what in ("prefill", "train") for attn in ("mha", "mfa")]
+    trained.append(trained_at("train", "mfa", q_rank=1024))  # another model of that share
+    (tmp_path / "equal_time.jsonl").write_text("".join(json.dumps(r) + "\n" for r in trained), encoding="utf-8")
     return tmp_path
+
+
+def trained_at(what, attn, **more):
+    """A line of equal_time.jsonl at the preset's shape."""
+    of_mha = 1.0 if attn == "mha" else 0.5 if more else 0.8
+    cfg = preset("paper-1b", attn, **more)
+    return dict(shape="1B", what=what, arm=attn + "_half" * bool(more), context=2048, tokens_per_s=1e5 * of_mha, of_mha=of_mha, config=vars(cfg))
 
 
 def line(table: str, label: str) -> list[str]:
@@ -335,18 +347,18 @@ def line(table: str, label: str) -> list[str]:
 
 def test_the_table_counts(tmp_path):
     table = figures.table(tmp_path)  # an empty folder: nothing was measured
-    assert line(table, "MHA") == ["MHA", "`--attn mha`", "not measured", "–", "–", "–", "not measured"]
+    assert line(table, "MHA") == ["MHA", "`--attn mha`", "not measured", "–", "–", "–", *["not measured"] * 2]
     assert "Perplexity" not in table and "Tokens/s" not in table
-    assert figures.advice(tmp_path).count("not measured") == 7
+    assert figures.advice(tmp_path).count("not measured") == 9
 
 
 def test_the_table_takes_what_was_measured(results):
     table = figures.table(results)
-    assert line(table, "MFA")[2:] == ["12.5%", "–", "–", "42.00 ± 1.41", "6,500"]  # at the better rate
-    assert line(table, "MHA")[2:] == ["100%", "49.00", "3e-3 only", "50.00", "1,000"]
-    assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "–", "60.00, 1 of 2 did not train", "7,000"]
-    assert line(table, "GQA")[2:] == ["25%", "–", "–", "39.00", "–"]  # no such share was timed
-    assert line(table, "MQA")[2:] == ["not measured", "–", "–", "–", "not measured"]
+    assert line(table, "MFA")[2:] == ["12.5%", "–", "–", "42.00 ± 1.41", "6,500", "0.80"]  # at the better rate
+    assert line(table, "MHA")[2:] == ["100%", "49.00", "3e-3 only", "50.00", "1,000", "1.00"]
+    assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "–", "60.00, 1 of 2 did not train", "7,000", "–"]
+    assert line(table, "GQA")[2:] == ["25%", "–", "–", "39.00", "–", "–"]  # no such share was timed
+    assert line(table, "MQA")[2:] == ["not measured", "–", "–", "–", *["not measured"] * 2]
     assert "49.0" in figures.advice(results)
     assert (
         "pg-books-bpe8192, 29.9M parameters, 65.5M tokens a run" in table and "batch 32, context 16,384, one a GPU" in table

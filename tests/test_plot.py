@@ -1,6 +1,7 @@
 """experiments/study/plot.py: its tables say what the results say."""
 
 import math
+import operator
 import re
 import shutil
 import statistics
@@ -121,19 +122,32 @@ def test_what_the_findings_say_is_in_the_results():
     assert f"MFA with C = 2d is as good as MHA ({adamw['mfa_2d']:.1f})" in text
     assert f"GQA with 2 of 8 heads slightly worse ({adamw['gqa2']:.1f})" in text
     assert f"With Muon, GQA costs {muon['gqa2'] - muon['mha']:.1f}." in text
-    assert f"With Muon it is {muon['mqa'] - muon['mfa']:.1f} better than MQA" in text and muon["mfa"] < muon["gqa2"]
+    assert f"With Muon it is {muon['mqa'] - muon['mfa']:.1f} better than MQA with the same cache, at least as good as GQA" in text
+    assert f"with twice as much ({muon['gqa2']:.1f}), and as good as MHA" in text
+    assert muon["mfa"] < muon["gqa2"] and abs(muon["mfa"] - muon["mha"]) < 0.2
     assert f"MFA is as good as MHA with AdamW ({adamw['mfa_half']:.1f})" in text
     middle = {arm: ppl("modern", arm, 1) for arm in muon}
-    assert f"at least as good as MQA with an eighth ({muon['mfa_kr_half_norm']:.1f} and {muon['mqa']:.1f})" in text
-    assert muon["mfa_kr_half_norm"] < muon["mqa"] and abs(middle["mfa_kr_half_norm"] - middle["mqa"]) < 0.1
-    assert f"and {math.log(muon['mfa_kr_half_norm'] / muon['mha']):.3f} nats from MHA, neither of which has the norm (one seed)" in text
-    assert abs(muon["mla_joint"] - muon["mfa"]) < 0.2
-    assert f"and its own init, is at {muon['mla_deepseek']:.1f}, better than MHA" in text and muon["mla_deepseek"] < muon["mha"]
-    tried = {arm: results.losses_by_rate("modern", arm) for arm in muon}
-    tried = {arm: {factor: by[0] for factor, by in losses.items()} for arm, losses in tried.items() if len(losses) > 1}
-    best = {arm: min(losses, key=losses.get) for arm, losses in tried.items()}
-    assert len(tried) == 6 and {arm for arm, factor in best.items() if factor == 1} == {"mha", "mla_joint"}
-    assert sum(factor == 3 / 2 for factor in best.values()) == 4 and math.exp(tried["mla_joint"][3 / 2]) == pytest.approx(44.2, abs=0.05)
+    losses = {arm: [row["val_loss"] for row in results.of("modern", arm)] for arm in ("mha", "mha_norm", "mfa_kr_half_norm", "mqa")}
+    reused = statistics.mean(losses["mfa_kr_half_norm"])
+    assert f"better than MQA with an eighth ({muon['mfa_kr_half_norm']:.1f} and {muon['mqa']:.1f})" in text
+    gap, half = plot.difference(losses["mfa_kr_half_norm"], losses["mqa"])
+    assert gap > half and all(map(operator.lt, losses["mfa_kr_half_norm"], losses["mqa"]))
+    far, farther = (reused - statistics.mean(losses[arm]) for arm in ("mha", "mha_norm"))
+    assert f"and {far:.3f} nats from MHA, neither of which has the norm; from MHA with it, {farther:.3f} (the paper: {math.log(6.45 / 6.41):.3f})" in text
+    assert abs(muon["mla_joint"] - muon["mfa"]) < 0.2 and muon["mla_deepseek"] < muon["mfa"]
+    deepseek = plot.spread([row["ppl"] for row in results.of("modern", "mla_deepseek")], 1)
+    assert f"and its own init, is at {deepseek}, which may be better" in text
+    tried = {arm: results.losses_by_rate("modern", arm) for arm in muon if len(results.of("modern", arm)) == 2}
+    assert len(tried) == 8 and all(by.keys() >= set(studies.MUON_GRID[:3]) for by in tried.values())
+    of_first = {arm: {factor: run_for("modern", arm, factor, 0) for factor in studies.MUON_GRID} for arm in muon}
+    of_first = {arm: {f: results.done[run]["val_loss"] for f, run in runs.items() if run in results.done} for arm, runs in of_first.items()}
+    assert math.exp(of_first["mla_joint"][3 / 2]) == pytest.approx(44.2, abs=0.05)
+    lost = [of_first[arm][9 / 4] - of_first[arm][3 / 2] for arm in ("mfa", "mqa", "gqa2")]
+    assert f"without one lose {min(lost):.2f} to {max(lost):.2f} nats" in text
+    gained = {arm: math.exp(of_first[arm][1]) - math.exp(of_first[f"{arm}_norm"][1]) for arm in ("mfa", "mqa")}
+    assert f"it gives MQA {gained['mqa']:.1f} and MFA nothing" in text and abs(gained["mfa"]) < 0.05
+    edge = [of_first[arm][3 / 2] - of_first[arm][9 / 4] for arm in ("mha_norm", "mfa_kr_half_norm")]
+    assert f"are best at 6.75e-3, by {edge[0]:.3f} and {edge[1]:.3f}." in text
     assert all(adamw[arm] > adamw["mqa"] - 0.05 for arm in FIGURE1 if arm.startswith("mla"))
     narrow, reused = ppl("why", "mqa_16", 1), ppl("figure1", "mfa_kr", 1)
     assert f"middle rate it is better than MFA-KR ({narrow:.1f} and {reused:.1f})" in text and narrow < reused
@@ -143,9 +157,9 @@ def test_what_the_findings_say_is_in_the_results():
     at_3e_3 = "newer form {mfa_kr_half_norm:.1f}, paper's {mfa_kr:.1f}; DeepSeek-V4's core "
     at_3e_3 += "{mfa_kr_v4:.1f}; turned back alone {mfa_kr_inverse:.1f}, half rotated too {mfa_kr_half:.1f}."
     assert at_3e_3.format(**middle) in text
-    assert f"It takes MHA from {muon['mha']:.1f} to {muon['mha_norm']:.1f} with Muon, the best here" in text
+    assert f"takes MHA from {muon['mha']:.1f} to {muon['mha_norm']:.1f}** with Muon, the best here" in text
     assert muon["mha_norm"] == min(muon.values())
-    assert f"wider query does not help MFA ({middle['mfa_step3']:.1f} at 3e-3)" in text and middle["mfa"] < middle["mfa_step3"]
+    assert f"wider query does not help MFA ({middle['mfa_step3']:.1f})" in text and middle["mfa"] < middle["mfa_step3"]
     assert "With Muon (3e-3) it is worse ({mfa_half:.1f}, without {mfa:.1f})".format(**middle) in text
     assert middle["mfa"] < middle["mfa_half"]
     reused = [ppl("question_a", arm, 10 / 7) for arm in ("pre", "inverse", "post")]
@@ -155,7 +169,7 @@ def test_what_the_findings_say_is_in_the_results():
     plain, wide, factored = (ppl("table3", arm) for arm in ("plain", "wide", "factored"))
     assert f"better by {plain - wide:.1f}, as in" in text and round((plain - wide) / (plain - factored)) == 5
     one, restored = ppl("table6", "single_value"), ppl("table6", "compressed_value")
-    assert f"for the value ({one:.1f} against {restored:.1f})" in text
+    assert f"one value seems better than restoring it from a latent ({one:.1f} against {restored:.1f})" in text
     low, high = (ppl("figure1", "mfa_kr", factor) for factor in (studies.GRID[0], studies.GRID[2]))
     assert f"MFA-KR gains {low - high:.1f} from 1e-3 to 2e-3" in text
     recipes = read_json(ROOT / "experiments" / "results" / "train.json")["seeds"]["recipes"]
@@ -202,7 +216,7 @@ def test_what_is_said_of_muon_by_heads_of_conversion_and_of_several_gpus_is_in_t
     assert f"Muon adds {max(shares['small']):.1%} to a step of the preset small (MHA, 16 pieces)," in text
     worst = max((row for name, row in rows.items() if "baby" in name), key=lambda row: training.added(row, "muon"))["ms"]
     slower = f"{worst['muon']:.1f} ms instead of {worst['adamw']:.1f}"
-    assert f"and at most {max(shares['baby']):.0%} to baby's ({slower})" in text
+    assert f"at most {max(shares['baby']):.0%} to baby's ({slower})" in text
     baby = [row["ms"] for name, row in rows.items() if "baby" in name]
     longer = [ms["muon_heads"] / ms["muon"] - 1 for ms in baby]
     assert f"or {min(longer) * 100:.0f} to {max(longer):.0%} longer in a small model" in text
@@ -214,6 +228,20 @@ def test_what_is_said_of_muon_by_heads_of_conversion_and_of_several_gpus_is_in_t
     assert not one["shard"] and f"One trains it at {one['context']:,} ({one['peak_bytes'] / 1e9:.0f} GB)" in text
     ends = one["losses"][0], statistics.mean(one["losses"][-5:])
     assert f"{len(one['losses'])} steps take its loss from {ends[0]:.1f} to {ends[1]:.1f}." in text
+
+
+def test_what_is_said_of_training_and_prefill_is_in_the_results():
+    text = " ".join((ROOT / "experiments" / "README.md").read_text(encoding="utf-8").split())
+    rows = plot.equal_time.read(plot.equal_time.RESULTS)
+    long = "1B, context 8192"
+    of = {(shape, what): rows[shape, what, "mfa"]["of_mha"] for shape in ("124M", "1B", long) for what in ("train", "prefill")}
+    assert f"{of['124M', 'train']:.2f}" == f"{of['1B', 'train']:.2f}" and f"{of['1B', 'train']:.2f} of MHA's speed at 124M and at 1B" in text
+    more = rows[long, "train", "mfa"]["flops_per_token"] / rows[long, "train", "mha"]["flops_per_token"] - 1
+    assert f"and at {of[long, 'train']:.2f} at 1B with a context of 8,192, where its wider heads ask for {more:.0%} more operations" in text
+    assert f"prefill runs at {of['1B', 'prefill']:.2f} and {of[long, 'prefill']:.2f}" in text
+    free = [row["of_mha"] for (shape, _, arm), row in rows.items() if arm in ("mqa", "gqa2") and shape != "30M"]
+    assert min(free) > 0.97  # they cost nothing
+    assert f"{of['1B', 'train']:.2f} of MHA's speed at 1B, {of[long, 'train']:.2f} with" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_order_names_the_pairs_that_differ():
@@ -346,8 +374,8 @@ def studied(study: str, losses: dict[str, list[float]]) -> list[dict]:
     return rows
 
 
-RATIO_LOSSES = dict(muon_mha=[3.2, 3.3], muon_mfa=[3.26], muon_mfa_kr_half_norm=[3.3], adamw_mha=[3.4])
-MODERN_LOSSES = dict(mha=[3.64], mfa=[3.66])
+RATIO_LOSSES = dict(muon_mha_norm=[3.2, 3.3], muon_mfa_norm=[3.26], muon_mfa_kr_half_norm=[3.3], adamw_mha=[3.4])
+MODERN_LOSSES = dict(mha_norm=[3.64], mfa_norm=[3.66])
 
 
 def test_a_section_without_rows_is_left_out():
@@ -362,14 +390,14 @@ def test_the_ratio_is_shown_by_recipe():
     text = plot.ratio_part(results)
     assert "555M tokens, 18.6 a parameter, in 16,940 steps of 64 x 512." in text
     mean, deviation = (math.exp(3.2) + math.exp(3.3)) / 2, (math.exp(3.3) - math.exp(3.2)) / 2**0.5
-    assert f"| MHA | 16,384 | 100.00% | 29.89M | 0.003 | 2 | {mean:.2f} ± {deviation:.2f} | not made |" in text
+    assert f"| MHA, qk_norm | 16,384 | 100.00% | 29.89M | 0.003 | 2 | {mean:.2f} ± {deviation:.2f} | not made |" in text
     assert f"| MHA | 16,384 | 100.00% | 29.89M | 0.0014 | 1 | {math.exp(3.4):.2f} | not made |" in text
-    assert "| GQA, 2 KV heads | 4,096 | 25.00% | 29.89M | – | 0 | not made | – | not made | – |" in text
-    assert "| MFA | MHA | 100.00% | -0.0100 | in 0 of 1 seeds |" in text
+    assert "| GQA, 2 KV heads, qk_norm | 4,096 | 25.00% | 29.89M | – | 0 | not made | – | not made | – |" in text
+    assert "| MFA, qk_norm | MHA, qk_norm | 100.00% | -0.0100 | in 0 of 1 seeds |" in text
     axes = plot.figure1(results).axes
     assert [ax.get_title().splitlines() for ax in axes] == [
         ["AdamW, the paper's 18.5 a parameter", "one rate, one seed"],
-        ["Muon, the paper's 18.5 a parameter", "one rate, mean ± deviation of 1 to 2 seeds"],
+        ["Muon and a norm, the paper's 18.5 a parameter", "one rate, mean ± deviation of 1 to 2 seeds"],
     ]
 
 
@@ -386,14 +414,14 @@ def measured_words(*names: str) -> dict:
 def test_words_stand_beside_the_cache():
     """Means over seeds; models that were not measured, and checkpoints of no study, are left out."""
     results = plot.Results(studied("ratio", RATIO_LOSSES))
-    measured = measured_words("ratio-muon_mha-0", "ratio-muon_mha-1", "ratio-muon_mfa-0", "somebody's")
+    measured = measured_words("ratio-muon_mha_norm-0", "ratio-muon_mha_norm-1", "ratio-muon_mfa_norm-0", "somebody's")
     text = plot.words_part(results, measured)
-    mha, mfa, ngram = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("| MHA, Muon", "| MFA, Muon", "| n-gram"))
+    mha, mfa, ngram = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("| MHA, qk_norm, Muon", "| MFA, qk_norm, Muon", "| n-gram"))
     assert mha.endswith("| 71.7 ± 2.4 | 5.5000 ± 0.7071 | 3.0000 ± 0.7071 | 4.5000 ± 0.7071 |")
-    assert mfa.startswith("| MFA, Muon | 2,048 | 12.50% |") and mfa.endswith("| 76.7 | 7.0000 | 4.5000 | 6.0000 |")
+    assert mfa.startswith("| MFA, qk_norm, Muon | 2,048 | 12.50% |") and mfa.endswith("| 76.7 | 7.0000 | 4.5000 | 6.0000 |")
     assert ngram == "| n-gram, published | – | – | – | 61.2 | – | – | – |"
     assert "| island effects, 2 paradigms | 62.5 ± 3.5 | 70.0 |" in text
-    assert "| MHA, Muon | 3.5000 | 2.5000 |" in text and "| 1 | 2 to 3 |" in text
+    assert "| MHA, qk_norm, Muon | 3.5000 | 2.5000 |" in text and "| 1 | 2 to 3 |" in text
     _, right = plot.words_plot(results, measured).axes
     assert [[*line.get_ydata()] for line in right.lines] == [[0, 0], [1.5, 1.5]]
 
@@ -412,18 +440,18 @@ def speeds(**tokens_per_s: float) -> dict:
 
 def test_losses_stand_beside_the_seconds_that_they_took():
     rows = studied("modern", MODERN_LOSSES) + studied("ratio", RATIO_LOSSES)
-    results, measured = plot.Results(rows), speeds(mha=1e6, mfa=0.8e6)
+    results, measured = plot.Results(rows), speeds(mha=1e6, mha_norm=1e6, mfa_norm=0.8e6)
     text = plot.equal_time_part(results, measured)
-    assert "| MFA | 30.0M | 12.50% | 0.200 | 800,000 | 0.80 | 800,000 | 0.80 |" in text
+    assert "| MFA, qk_norm | 30.0M | 12.50% | 0.200 | 800,000 | 0.80 | 800,000 | 0.80 |" in text
     assert "## At equal time\n\n| 30M, 64 x 512 tokens, muon |" in text and "124M" not in text
     slope = (3.26 - 3.66) / math.log(16_940 * 64 / (4000 * 32))
     in_time = [end + slope * math.log(0.8) for end in (3.66, 3.26)]
-    assert f"| MFA | 66M | 3.6600 | 13.1 | 82 | {in_time[0]:.4f} |" in text
-    assert f"| MFA | 555M | 3.2600 | 111.0 | 694 | {in_time[1]:.4f} |" in text
-    assert "| MHA | 555M | 3.2500 ± 0.0707 | 111.0 | 555 | 3.2500 |" in text
+    assert f"| MFA, qk_norm | 66M | 3.6600 | 13.1 | 82 | {in_time[0]:.4f} |" in text
+    assert f"| MFA, qk_norm | 555M | 3.2600 | 111.0 | 694 | {in_time[1]:.4f} |" in text
+    assert "| MHA, qk_norm | 555M | 3.2500 ± 0.0707 | 111.0 | 555 | 3.2500 |" in text
     alone = plot.equal_time_part(plot.Results(rows[:2]), measured)
-    assert "| MFA | 66M | 3.6600 | 13.1 | 82 | – |" in alone
+    assert "| MFA, qk_norm | 66M | 3.6600 | 13.1 | 82 |\n" in alone and "in MHA's seconds" not in alone
     figure = plot.equal_time_plot(results, measured)
     assert len(figure.axes) == 4
     ends = [[line.get_xdata()[-1] for line in ax.lines] for ax in figure.axes[2:]]
-    assert ends[0] == pytest.approx([111.02] * 4, rel=1e-3) and ends[1] == pytest.approx([555.1] * 2 + [693.9] * 2, rel=1e-3)
+    assert ends[0] == pytest.approx([111.02] * 2, rel=1e-3) and ends[1] == pytest.approx([555.1, 693.9], rel=1e-3)

@@ -126,12 +126,28 @@ def test_the_ratio_is_the_papers():
     settings = Counter((task.arm, task.run.lr, task.run.seed) for task in queue("ratio"))
     arms = {arm: [k for k in settings if k[0] == arm] for arm in studies.RATIO}
     assert len(settings) == len(runs) and {arm: len(found) for arm, found in arms.items()} == {
-        "muon_mha": 4, "muon_mfa": 4, "muon_mqa": 2, "muon_mfa_kr_half_norm": 2,
-        "muon_mla_joint": 1, "muon_gqa2": 1, "adamw_mha": 4, "adamw_mfa": 4, "adamw_mqa": 2,
+        "muon_mha_norm": 4, "muon_mfa_norm": 4, "muon_mqa_norm": 2, "muon_mfa_kr_half_norm": 2,
+        "muon_mla_deepseek": 1, "muon_gqa2_norm": 1, "adamw_mha": 4, "adamw_mfa": 4, "adamw_mqa": 2,
         "adamw_mfa_kr": 2, "adamw_mha_16": 1,
     }  # fmt: skip
-    assert {lr for _, lr, _ in arms["muon_mha"]} == {2e-3, 3e-3, 4.5e-3}
+    assert {lr for _, lr, _ in arms["muon_mha_norm"]} == {2e-3, 3e-3, 4.5e-3}
     assert {lr for _, lr, _ in arms["adamw_mfa"]} == {1e-3, 1.4e-3, 2e-3}
+
+
+def test_the_ratio_begins_at_the_best_rate_of_the_short_runs():
+    made = [("modern", "mfa_norm", 1, 3.7), ("modern", "mfa_norm", 3 / 2, 3.6), ("figure1", "mfa_kr", 10 / 7, 3.8), ("why", "mha_16", 1, 3.7)]
+    tasks = [(studies.Task(study, arm, run_for(study, arm, factor, 0)), loss) for study, arm, factor, loss in made]
+    done = results_by_run([row(*each) for each in tasks])
+    rates = {}
+    for task in queue("ratio", done=done):
+        rates.setdefault(task.arm, []).append(task.run.lr)
+    assert rates["muon_mfa_norm"][:2] == [4.5e-3, 3e-3] and 6.75e-3 in rates["muon_mfa_norm"]  # and its neighbours
+    assert 2e-3 not in rates["muon_mfa_norm"] and set(rates["adamw_mfa_kr"]) == {2e-3}
+    assert set(rates["muon_mqa_norm"]) == {3e-3} and set(rates["adamw_mha_16"]) == {1.4e-3}
+    longer = studies.Task("ratio", "muon_mfa_norm", run_for("ratio", "muon_mfa_norm", 9 / 4, 0))
+    done |= results_by_run([row(longer, 3.2) | dict(dataset=studies.dataset_of("ratio"))])
+    seeds = [task.run for task in queue("ratio", done=done) if task.arm == "muon_mfa_norm" and task.run.seed]
+    assert [run.lr for run in seeds] == [6.75e-3]  # now its own results say what is best
 
 
 def test_seeds_come_after_the_rates_and_at_the_best_of_them():
@@ -140,7 +156,9 @@ def test_seeds_come_after_the_rates_and_at_the_best_of_them():
     before = list(queue("modern"))
     low, middle, high, highest = studies.MUON_GRID
     plan = [(arm, middle, 0) for arm in arms]
-    plan += [(arm, factor, 0) for arm in core for factor in (low, high)]
+    plan += [(arm, high, 0) for arm in studies.NORMED]  # a norm stands higher rates
+    rates = {arm: (low,) if arm in studies.NORMED else (low, high) for arm in core}
+    plan += [(arm, factor, 0) for arm in core for factor in rates[arm]]
     plan += [(arm, middle, 1) for arm in core]  # two seeds, on which a claim may rest
     plan += [(arm, factor, 0) for arm in others for factor in (low, high)]
     plan += [(arm, middle, 1) for arm in others] + [(arm, middle, 2) for arm in arms]

@@ -23,7 +23,7 @@ import torch._dynamo as dynamo
 
 from experiments.bench.training import flops, in_turn, our_step
 from experiments.flags import require_other_results, require_positive
-from experiments.study.studies import AT_30M, MODERN, VOCAB
+from experiments.study.studies import AT_30M, MODERN, RATIO_CORE, VOCAB
 from mfa import GPT, Config, cache_bytes, preset
 from support.cli import run_command
 from support.machine import Machine, attention_kernels, can_compile
@@ -33,6 +33,7 @@ from train import count_params, match_params
 
 RESULTS = ROOT / "experiments" / "results" / "equal_time.jsonl"
 ARMS = ("mha", "mfa", "mfa_kr_half_norm", "mqa", "mla_joint", "gqa2", "mfa_half", "mfa_kr")
+WITH_NORM = tuple(arm for arm in RATIO_CORE if arm not in ARMS)  # at 30M, beside the losses
 
 
 class Shape(NamedTuple):
@@ -69,6 +70,10 @@ class Args:
     """File of the results; default experiments/results/equal_time.jsonl, with --smoke
     out/equal_time.jsonl."""
     smoke: bool = False  # toy sizes, seconds on a CPU: does it run?
+
+
+def arms_of(shape: str) -> tuple[str, ...]:
+    return ARMS + WITH_NORM if shape == "30M" else ARMS
 
 
 def config(shape: str, arm: str, toy: bool = False) -> Config:
@@ -156,7 +161,7 @@ def main(args: Args) -> None:
         for shape, what in [pair for pair in QUEUE if pair[0] in args.shapes]:
             mha, per_round = None, 1 if toy else SHAPES[shape].per_round
             free(machine.device)
-            for arm in ARMS:
+            for arm in arms_of(shape):
                 if (shape, what, arm) in done:
                     continue
                 if time.perf_counter() - began > args.limit_seconds:

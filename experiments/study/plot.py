@@ -330,7 +330,7 @@ def modern_part(results: Results) -> str:
 
 # By recipe: the arms, and those that are compared with the others.
 RATIO_ARMS = {
-    "Muon": (MUON_ARMS, ("muon_mfa", f"muon_{BEST_KR}")),
+    "Muon": (MUON_ARMS, ("muon_mfa_norm", f"muon_{BEST_KR}")),
     "AdamW": (ADAMW_ARMS, ("adamw_mfa", "adamw_mfa_kr")),
 }
 
@@ -343,7 +343,7 @@ def ratio_part(results: Results) -> str:
             texts += [f"{recipe}:", rates_table(results, "ratio", arms), against]
     if not texts:
         return ""
-    run = results.run("ratio", "muon_mha")
+    run = results.run("ratio", "muon_mha_norm")
     tokens = run.max_iters * run.batch_size * run.cfg.block_size
     what = f"{tokens / 1e6:.0f}M tokens, {tokens / sizes_of(run).params:.1f} a parameter"
     setting = f"{what}, in {run.max_iters:,} steps of {run.batch_size} x {run.cfg.block_size}."
@@ -873,13 +873,18 @@ def words_plot(results: Results, measured: dict) -> Figure | None:
 
 def mha_beside(study: str, arm: str) -> str:
     """The MHA of the same study and recipe."""
-    return f"{arm.partition('_')[0]}_mha" if study == "ratio" else "mha"
+    if study == "ratio":
+        return "muon_mha_norm" if arm.startswith("muon") else "adamw_mha"
+    return "mha"
 
 
-EQUAL_TIME = """\
-GPU seconds are tokens over the tokens/s above, evaluations left out. The loss in MHA's seconds is
-an estimate: a slower model has seen fewer tokens by then, and between the two lengths that were
-trained to their end the loss falls along the logarithm of the tokens."""
+SECONDS = """\
+GPU seconds are MHA's, by its tokens/s above, over "MHA = 1". That ratio is of two models timed in
+turn; tokens/s of two rows are of different moments, and the card changes. At 30M take a ratio as
+± 0.04: GQA and MQA do the same products as MHA. Evaluations are left out."""
+IN_TIME = """\
+The loss in MHA's seconds is an estimate: a slower model has seen fewer tokens by then, and between
+the two lengths that were trained to their end the loss falls along the logarithm of the tokens."""
 Speeds = dict[tuple[str, str, str], dict]  # what equal_time.read returns
 
 
@@ -890,7 +895,7 @@ def equal_time_part(results: Results, speeds: Speeds) -> str:
     parts = ["## At equal time"]
     for shape, sizes in equal_time.SHAPES.items():
         body = []
-        for arm in equal_time.ARMS:
+        for arm in equal_time.arms_of(shape):
             both = [speeds.get((shape, what, arm)) for what in ("train", "prefill")]
             known = next(filter(None, both), None)
             if known is None:
@@ -906,8 +911,7 @@ def equal_time_part(results: Results, speeds: Speeds) -> str:
             head = [size, "parameters", "cache, of MHA's", "GFLOP to train on a token"]
             head += ["training, tokens/s", "MHA = 1", "prefill, tokens/s", "MHA = 1"]
             parts.append(table(head, body))
-    if losses := equal_time_losses(results, speeds):
-        parts += [losses, EQUAL_TIME]
+    parts += equal_time_losses(results, speeds)
     return "\n\n".join([*parts, origin_of(speeds.values())])
 
 
@@ -925,63 +929,65 @@ class Spent(NamedTuple):
 def spent(results: Results, speeds: Speeds, study: str) -> dict[str, Spent]:
     """By the name of the arm in MODERN; study: modern, or ratio."""
     found = {}
-    for arm in equal_time.ARMS:
+    mha = speeds.get(("30M", "train", "mha"))
+    for arm in equal_time.arms_of("30M") if mha else ():
         name = f"muon_{arm}" if study == "ratio" else arm
         rows = results.trained(study, name) if name in STUDIES[study] else []
         speed = speeds.get(("30M", "train", arm))
         if rows and speed:
             tokens, loss = rows[0]["tokens"], statistics.mean(row["val_loss"] for row in rows)
-            cost = tokens * speed["flops_per_token"], tokens / speed["tokens_per_s"]
+            seconds = tokens / (mha["tokens_per_s"] * speed["of_mha"])
+            cost = tokens * speed["flops_per_token"], seconds
             found[arm] = Spent(rows, loss, tokens, *cost, speed["of_mha"])
     return found
 
 
-def equal_time_losses(results: Results, speeds: Speeds) -> str:
-    """See EQUAL_TIME."""
+def equal_time_losses(results: Results, speeds: Speeds) -> list[str]:
+    """A table and what its columns are."""
     short, long = (spent(results, speeds, study) for study in ("modern", "ratio"))
+    slopes = {
+        arm: (long[arm].loss - short[arm].loss) / math.log(long[arm].tokens / short[arm].tokens)
+        for arm in short.keys() & long.keys()
+    }
     body = []
     for arm, one in [*short.items(), *long.items()]:
-        in_time = "–"
-        less, more = short.get(arm), long.get(arm)
-        if less and more and less.tokens < more.tokens:
-            slope = (more.loss - less.loss) / math.log(more.tokens / less.tokens)
-            in_time = f"{one.loss + slope * math.log(one.of_mha):.4f}"
         cells = [f"{one.tokens / 1e6:.0f}M", outcome(one.rows, "val_loss", 4)]
-        cells += [f"{one.operations / 1e15:.1f}", f"{one.seconds:.0f}", in_time]
+        cells += [f"{one.operations / 1e15:.1f}", f"{one.seconds:.0f}"]
+        if slopes:
+            lost = slopes[arm] * math.log(one.of_mha) if arm in slopes else math.nan
+            cells.append("–" if math.isnan(lost) else f"{one.loss + lost:.4f}")
         body.append([MODERN[arm].name, *cells])
     head = ["30M, Muon", "tokens", "loss, nats per token", "PFLOP", "GPU seconds"]
-    return table([*head, "loss in MHA's seconds"], body) if body else ""
+    if not body:
+        return []
+    if not slopes:
+        return [table(head, body), SECONDS]
+    return [table([*head, "loss in MHA's seconds"], body), SECONDS, IN_TIME]
 
 
 def equal_time_plot(results: Results, speeds: Speeds) -> Figure | None:
-    """Loss against training operations and against seconds, each length zoomed to its end."""
+    """Loss at the end against training operations and against seconds, a line for each length."""
     lengths = [spent(results, speeds, study) for study in ("modern", "ratio")]
     lengths = [found for found in lengths if len(found) > 1]
     if not lengths:
         return None
-    figure = Figure(figsize=(11, 4.6 * len(lengths)), layout="constrained")
-    axes = figure.subplots(len(lengths), 2, squeeze=False)
+    figure = Figure(figsize=(11, 4.4 * len(lengths)), layout="constrained")
+    axes = figure.subplots(len(lengths), 2, squeeze=False, sharey="row")
     for line, found in zip(axes, lengths, strict=True):
         for ax, what, unit in zip(line, ("operations", "seconds"), (1e15, 1), strict=True):
             for arm, one in found.items():
-                look, cost = look_of_arm("modern", arm), getattr(one, what) / unit
+                look = look_of_arm("modern", arm) | dict(linestyle="none", markersize=8)
                 if arm == "mfa_kr":  # beside the newer form
                     look["markerfacecolor"] = "none"
-                ax.plot(cost, one.loss, **look, linestyle="none", label=MODERN[arm].name)
-                run = one.rows[0]
-                way = [(cost * step / run["steps"], loss) for step, loss in run["curve"]]
-                ax.plot(*zip(*way, strict=True), ":", color=look["color"], linewidth=1)
-            losses = [one.loss for one in found.values()]
-            low, high = min(losses), max(losses)
-            ax.set_ylim(low - 0.01, high + 2 * (high - low) + 0.02)
-            costs = [getattr(one, what) / unit for one in found.values()]
-            ax.set_xlim(0.9 * min(costs), 1.02 * max(costs))
+                cost = getattr(one, what) / unit
+                ax.plot(cost, one.loss, **look, label=MODERN[arm].name)
             ax.grid(alpha=0.3)
+            ax.margins(x=0.12, y=0.12)
         tokens = next(iter(found.values())).tokens
         line[0].set_xlabel("training, PFLOP")
         line[1].set_xlabel("training, seconds of one GPU")
-        line[0].set_ylabel(f"validation loss after {tokens / 1e6:.0f}M tokens (dotted: before)")
-        line[0].legend(fontsize=7)
+        line[0].set_ylabel(f"validation loss after {tokens / 1e6:.0f}M tokens")
+        line[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 
@@ -1020,12 +1026,12 @@ PANELS = {
         "adamw_mfa": ("MFA", "right"),
         "adamw_mfa_kr": ("MFA-KR, pre", "right"),
     }),
-    "Muon, the paper's 18.5 a parameter": ("ratio", {
-        "muon_mha": ("MHA", "above"),
-        "muon_gqa2": ("GQA, 2 heads", "right"),
-        "muon_mla_joint": ("MLA, joint", "below"),
-        "muon_mqa": ("MQA", "right"),
-        "muon_mfa": ("MFA", "left"),
+    "Muon and a norm, the paper's 18.5 a parameter": ("ratio", {
+        "muon_mha_norm": ("MHA", "above"),
+        "muon_gqa2_norm": ("GQA, 2 heads", "right"),
+        "muon_mla_deepseek": ("MLA, DeepSeek's", "below"),
+        "muon_mqa_norm": ("MQA", "right"),
+        "muon_mfa_norm": ("MFA", "left"),
         f"muon_{BEST_KR}": (MODERN[BEST_KR].name.replace(", half", ",\nhalf"), "above"),
     }),
 }  # fmt: skip

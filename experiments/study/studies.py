@@ -61,7 +61,7 @@ SIZES = {
 SEEDS = (0, 1, 2)
 # Peak learning rates, as factors of the size's lr.
 GRID = (5 / 7, 1, 10 / 7)  # at 30M 1e-3, 1.4e-3, 2e-3
-MUON_GRID = (2 / 3, 1, 3 / 2, 9 / 4)  # 2e-3, 3e-3, 4.5e-3; see queue() for 6.75e-3
+MUON_GRID = (2 / 3, 1, 3 / 2, 9 / 4)  # 2e-3, 3e-3, 4.5e-3, 6.75e-3; see queue()
 BEST = ()  # in QUEUE: the best of them so far
 TOO_HIGH = 20 / 7  # 4e-3, which the first three arms do not stand
 
@@ -247,11 +247,16 @@ MODERN = {
     ),
     "mfa_norm": Arm("MFA, qk_norm", dict(**MFA, qk_norm=True), **MUON),
     "mqa_norm": Arm("MQA, qk_norm", dict(**MQA, qk_norm=True), **MUON),
+    "gqa2_norm": Arm("GQA, 2 KV heads, qk_norm", dict(**GQA2, qk_norm=True), **MUON),
 }
 BEST_KR = "mfa_kr_half_norm"  # of MODERN's MFA-KRs
 HEADS_CORE = ("mha", "mfa", "mqa", BEST_KR)
-RATIO_CORE = (*HEADS_CORE, "mla_joint", "gqa2")
-MODERN_CORE = (*RATIO_CORE, "mha_norm", "mla_deepseek")  # what the claims rest on
+NORMED = ("mfa_norm", "mqa_norm", "gqa2_norm")
+# What the claims rest on, without a norm and with one.
+MODERN_CORE = (*HEADS_CORE, "mla_joint", "gqa2", "mha_norm", "mla_deepseek", *NORMED)
+# All with a norm, MLA's on its latent: it gains MHA more than lies between MHA and MFA, and without
+# one a rate just beyond the best costs 0.07 to 0.17 nats, a risk that longer runs would add to.
+RATIO_CORE = ("mha_norm", "mfa_norm", "mqa_norm", BEST_KR, "mla_deepseek", "gqa2_norm")
 # Does Muon do better on heads one by one than on the matrix that stacks them? At 30M the stacked
 # ones are MODERN's.
 MUON_HEADS = {
@@ -283,8 +288,8 @@ STUDIES = dict(**ADAMW_STUDIES, modern=MODERN, ratio=RATIO, muon_heads=MUON_HEAD
 
 # What is trained first: the arms that the claims rest on, then Table 4, question A and the rest of
 # Figure 1, with all their seeds; one seed of everything; the other seeds. Then the modern recipe
-# once, its core at all rates and at two seeds, heads one by one, and the paper's ratio, Muon's arms
-# first: their seeds lie closer. Last the other arms of the modern recipe.
+# once, its core at all rates and at two seeds, and the paper's ratio, Muon's arms first, since
+# their seeds lie closer. Last the other arms of the modern recipe.
 # (study, arms, learning rates as factors of the size's, seeds)
 ROTATED = ("pre", "post", "inverse")
 AT_ONE_RATE = ("table6", "length", "question_a", "why", "figure3", "question_b")
@@ -302,14 +307,15 @@ QUEUE = [
     *((study, STUDIES[study], (1,), SEEDS) for study in AT_ONE_RATE),
     ("modern", MODERN, (1,), (0,)),
     ("muon_heads", HEADS_7M, (1,), SEEDS),
+    ("modern", NORMED, MUON_GRID[2:], (0,)),  # a norm stands higher rates
     ("modern", MODERN_CORE, MUON_GRID, (0,)),
     ("modern", MODERN_CORE, BEST, SEEDS[:2]),
+    ("ratio", MUON_ARMS, BEST, (0,)),
+    ("ratio", ADAMW_ARMS[:4], BEST, (0,)),
     ("muon_heads", HEADS_30M, (1,), (0,)),
-    ("ratio", MUON_ARMS, (1,), (0,)),
-    ("ratio", ADAMW_ARMS[:4], (1,), (0,)),
     ("ratio", MUON_ARMS[:2], MUON_GRID, (0,)),
     ("ratio", MUON_ARMS[:4], BEST, SEEDS[:2]),
-    ("ratio", ADAMW_ARMS, (1,), (0,)),
+    ("ratio", ADAMW_ARMS, BEST, (0,)),
     ("ratio", ADAMW_ARMS[:2], GRID, (0,)),
     ("ratio", ADAMW_ARMS[:4], BEST, SEEDS[:2]),
     ("modern", MODERN, MUON_GRID, (0,)),
@@ -369,23 +375,38 @@ def queue(
 ) -> Iterator[Task]:
     """Every run of a study, or of all, once, in order.
 
-    done: the results, which say what rate is best; without them the middle one stands for it. The
-    highest of MUON_GRID is only tried where the one before it was the best.
+    done: the results, which say what rate is best; without them the middle one stands for it, in
+    study "ratio" the best one of the short runs. Of MUON_GRID only the best rate's neighbours are
+    tried.
     """
-    seen = set()
+    done, seen = done or {}, set()
     for name, arms, factors, seeds in QUEUE:
         if study not in ("all", name):
             continue
         for seed in seeds:
             for arm in arms:
-                best = best_rate(name, arm, done or {}, toy) or 1
+                best = best_rate(name, arm, done, toy) or 1
+                if name == "ratio" and not losses_by_rate(name, arm, done, toy):
+                    best = best_rate(*short_run_of(arm), done, toy) or 1
                 for factor in factors or [best]:
-                    if factor == MUON_GRID[-1] and best not in MUON_GRID[-2:]:
-                        continue
                     run = run_for(name, arm, factor, seed, toy)
-                    if run not in seen:
-                        seen.add(run)
-                        yield Task(name, arm, run)
+                    if run in seen or run not in done and is_far(factor, best, grid_of(name, arm)):
+                        continue
+                    seen.add(run)
+                    yield Task(name, arm, run)
+
+
+def short_run_of(arm: str) -> tuple[str, str]:
+    """Study and arm of the same model as one of RATIO's, on fewer tokens."""
+    recipe, _, name = arm.partition("_")
+    if recipe == "muon":
+        return "modern", name
+    return ("figure1" if name in FIGURE1 else "why"), name
+
+
+def is_far(factor: float, best: float, grid: tuple[float, ...]) -> bool:
+    """Is a rate of MUON_GRID no neighbour of the best?"""
+    return grid == MUON_GRID and abs(grid.index(factor) - grid.index(best)) > 1
 
 
 def build(run: Run) -> GPT:
