@@ -213,7 +213,7 @@ def conditions(found: list[Arm], measured: Measured) -> list[str]:
         heads = "MHA has 8 heads of d = 64 here, so MQA keeps an eighth; with 16 heads, as in the"
         heads += " drawing and in the paper's 1B, a sixteenth"
         heads += ". The flags are for that shape, at dim 512; for Muon add `--optimizer muon` and"
-        heads += " the `--learning_rate`, the best of three or four where it does not say only."
+        heads += " the `--learning_rate`, the best of two to four where it does not say only."
         heads += " DeepSeek's"
         heads += " MLA begins with DeepSeek's init, too, for which there is no flag"
         cache = "The cache is a share of MHA's"
@@ -251,24 +251,25 @@ def advice(folder: Path = RESULTS) -> str:
             "GQA, 2 of 8 heads",
             "gqa2",
             "Only if your server runs nothing else, or if training is what you pay for. With AdamW "
-            "it is better than MFA, with Muon it is not, at twice the cache.",
+            "it may be better than MFA, with Muon it is not, at twice the cache.",
         ),
         (
             "an eighth",
             "**MFA**",
             "mfa",
-            f"Better than MQA ({mqa}), as good as MHA without the norm. DeepSeek's MLA ({mla_ppl}) "
-            f"may be better, but keeps {mla_share}, and MLA is slower{slower}.",
+            f"Better than MQA ({mqa}), as good as MHA without the norm (at 7M worse). DeepSeek's "
+            f"MLA ({mla_ppl}) may be better, but keeps {mla_share} and decodes slower{slower}.",
         ),
         (
             "a sixteenth",
             "**MFA-KR**, newer form",
             "mfa_kr_half_norm",
-            f"Better than MQA with an eighth, much better than MQA with a sixteenth ({narrow}), as "
-            "good as GQA with a quarter.",
+            f"Much better than MQA with a sixteenth ({narrow}), and better than MQA with an eighth "
+            f"({mqa}), neither of which has a norm here.",
         ),
     ]
-    head = "| your cache, of MHA's | take | with (dim 512) | perplexity (30M, Muon) | |"
+    head = "| your cache, of MHA's | take | with `--optimizer muon` and, at dim 512, | "
+    head += "perplexity, 30M | |"
     lines = [head, "|---|---|---|---:|---|"]
     for budget, take, arm, why in rows:
         how = flags(STUDIES["modern"][arm])

@@ -517,8 +517,9 @@ if mean:  # the gains beside the range with AdamW, and what passes GQA
 plt.show()
 
 # %% [markdown]
-# Muon gains every attention more than lies between the best and the worst, and the lines cross: the models made of products of
-# matrices, MLA and MFA, pass GQA and MQA. *Caveat:* as long as a row of Muon has no ±, it is one seed, of some at one rate.
+# Muon gains every attention more than lies between the best and MFA-KR with AdamW, and the lines cross: the models made of
+# products of matrices, MLA and MFA, pass GQA and MQA. *Caveat:* as long as a row of Muon has no ±, it is one seed, of some at
+# one rate.
 #
 # The remaining comparisons, in one table: those behind Tables 3 to 6, the reading of the rotated key (`question_a`, notebook
 # 05), the init at two larger widths (`question_b`, the trap above), and what MFA's distance from MHA depends on (`why`). A

@@ -1,7 +1,6 @@
 """experiments/study/plot.py: its tables say what the results say."""
 
 import math
-import operator
 import re
 import shutil
 import statistics
@@ -121,17 +120,25 @@ def test_what_the_findings_say_is_in_the_results():
     assert f"Muon takes MHA from {adamw['mha']:.1f} to {muon['mha']:.1f}" in text
     assert f"MFA with C = 2d is as good as MHA ({adamw['mfa_2d']:.1f})" in text
     assert f"GQA with 2 of 8 heads slightly worse ({adamw['gqa2']:.1f})" in text
-    assert f"With Muon, GQA costs {muon['gqa2'] - muon['mha']:.1f}." in text
-    assert f"With Muon it is {muon['mqa'] - muon['mfa']:.1f} better than MQA with the same cache, at least as good as GQA" in text
-    assert f"with twice as much ({muon['gqa2']:.1f}), and as good as MHA" in text
+    assert f"With Muon, GQA costs {muon['gqa2'] - muon['mha']:.1f}, neither with a norm." in text
+    assert f"With Muon it is {muon['mqa'] - muon['mfa']:.1f} better than MQA with the same cache, better than GQA with" in text
+    assert f"twice as much ({muon['gqa2']:.1f}), and as good as MHA" in text
     assert muon["mfa"] < muon["gqa2"] and abs(muon["mfa"] - muon["mha"]) < 0.2
-    assert f"MFA is as good as MHA with AdamW ({adamw['mfa_half']:.1f})" in text
+    pool = plot.pooled_seeds(results, "modern", studies.MODERN)
+    of_mfa = [row["val_loss"] for row in results.of("modern", "mfa")]
+    gqa, mha, deepseek = (
+        plot.difference(of_mfa, [row["val_loss"] for row in results.of("modern", arm)], pool)[0] for arm in ("gqa2", "mha", "mla_deepseek")
+    )
+    half = pool.half_interval(2, 2)
+    assert gqa > half and max(abs(mha), abs(deepseek)) < half  # better than GQA; the others cannot be told from it
+    assert f"MFA is as good as MHA ({adamw['mfa_half']:.1f})" in text
     middle = {arm: ppl("modern", arm, 1) for arm in muon}
     losses = {arm: [row["val_loss"] for row in results.of("modern", arm)] for arm in ("mha", "mha_norm", "mfa_kr_half_norm", "mqa")}
     reused = statistics.mean(losses["mfa_kr_half_norm"])
     assert f"better than MQA with an eighth ({muon['mfa_kr_half_norm']:.1f} and {muon['mqa']:.1f})" in text
-    gap, half = plot.difference(losses["mfa_kr_half_norm"], losses["mqa"])
-    assert gap > half and all(map(operator.lt, losses["mfa_kr_half_norm"], losses["mqa"]))
+    assert plot.difference(losses["mfa_kr_half_norm"], losses["mqa"], pool)[0] > half
+    assert "MQA with it is ahead at 3e-3, its one rate." in text and middle["mqa_norm"] < middle["mfa_kr_half_norm"]
+    assert len(results.losses_by_rate("modern", "mqa_norm")) == 1
     far, farther = (reused - statistics.mean(losses[arm]) for arm in ("mha", "mha_norm"))
     assert f"and {far:.3f} nats from MHA, neither of which has the norm; from MHA with it, {farther:.3f} (the paper: {math.log(6.45 / 6.41):.3f})" in text
     assert abs(muon["mla_joint"] - muon["mfa"]) < 0.2 and muon["mla_deepseek"] < muon["mfa"]
@@ -147,25 +154,33 @@ def test_what_the_findings_say_is_in_the_results():
     gained = {arm: math.exp(of_first[arm][1]) - math.exp(of_first[f"{arm}_norm"][1]) for arm in ("mfa", "mqa")}
     assert f"it gives MQA {gained['mqa']:.1f} and MFA nothing" in text and abs(gained["mfa"]) < 0.05
     edge = [of_first[arm][3 / 2] - of_first[arm][9 / 4] for arm in ("mha_norm", "mfa_kr_half_norm")]
-    assert f"are best at 6.75e-3, by {edge[0]:.3f} and {edge[1]:.3f}." in text
+    assert f"are best at 6.75e-3, by {edge[0]:.3f} and {edge[1]:.3f}, DeepSeek's MLA at 2e-3." in text
+    assert results.of("modern", "mla_deepseek")[0]["lr"] == 2e-3
     assert all(adamw[arm] > adamw["mqa"] - 0.05 for arm in FIGURE1 if arm.startswith("mla"))
-    narrow, reused = ppl("why", "mqa_16", 1), ppl("figure1", "mfa_kr", 1)
-    assert f"middle rate it is better than MFA-KR ({narrow:.1f} and {reused:.1f})" in text and narrow < reused
+    narrow, reused = ppl("why", "mqa_16", 1), adamw["mfa_kr"]
+    assert f"With AdamW it is as good as the paper's MFA-KR ({narrow:.1f} and {reused:.1f})" in text and abs(narrow - reused) < 0.3
     assert f"as the paper has ({ppl('why', 'mha_16'):.1f}), MFA at an eighth is nearly as good" in text
     assert adamw["mha"] - muon["mha"] > max(adamw.values()) - min(adamw.values())  # Muon gains more
     assert f"with Muon much worse ({muon['mqa_16']:.1f})" in text
+    base, newer = (results.trained("modern", arm) for arm in ("mha", "mfa_kr_half_norm"))
+    by_place = [{p: statistics.mean(dict(row["by_position"])[p] for row in rows) for p in (32, 64, 128, 256)} for rows in (base, newer)]
+    gaps = [by_place[1][p] - by_place[0][p] for p in by_place[0]]
+    assert f"the newer form's distance stays at {min(gaps):.3f} to {max(gaps):.3f}." in text
+    scaled = {size: ppl("figure3", f"mfa_half_{size}") / ppl("figure3", f"mha_{size}") for size in ("2m", "60m")}
+    assert f"{-math.log(scaled['2m']):.3f} nats better than MHA to {math.log(scaled['60m']):.3f} worse (one seed at 60M)" in text
     at_3e_3 = "newer form {mfa_kr_half_norm:.1f}, paper's {mfa_kr:.1f}; DeepSeek-V4's core "
     at_3e_3 += "{mfa_kr_v4:.1f}; turned back alone {mfa_kr_inverse:.1f}, half rotated too {mfa_kr_half:.1f}."
     assert at_3e_3.format(**middle) in text
     assert f"takes MHA from {muon['mha']:.1f} to {muon['mha_norm']:.1f}** with Muon, the best here" in text
     assert muon["mha_norm"] == min(muon.values())
     assert f"wider query does not help MFA ({middle['mfa_step3']:.1f})" in text and middle["mfa"] < middle["mfa_step3"]
-    assert "With Muon (3e-3) it is worse ({mfa_half:.1f}, without {mfa:.1f})".format(**middle) in text
+    assert "With Muon it brings nothing ({mfa_half:.1f}, without {mfa:.1f}; 3e-3, one seed)".format(**middle) in text
     assert middle["mfa"] < middle["mfa_half"]
     reused = [ppl("question_a", arm, 10 / 7) for arm in ("pre", "inverse", "post")]
     assert reused == sorted(reused) and f"(`pre`) are best, {reused[0]:.1f}" in text and f"clearly worse, {reused[2]:.1f}" in text
     gate, plain = ppl("table4", "gated"), ppl("table4", "vanilla")
-    assert f"plain reuse of the key, {gate:.1f} against {plain:.1f}" in text
+    assert f"better than the plain key,** {gate:.1f} against {plain:.1f}" in text
+    assert f"Whether its gate is ({ppl('table4', 'residual'):.1f} without) is open." in text
     plain, wide, factored = (ppl("table3", arm) for arm in ("plain", "wide", "factored"))
     assert f"better by {plain - wide:.1f}, as in" in text and round((plain - wide) / (plain - factored)) == 5
     one, restored = ppl("table6", "single_value"), ppl("table6", "compressed_value")
@@ -180,7 +195,7 @@ def test_what_the_findings_say_is_in_the_results():
                 best.setdefault(("muon" in flags, attn), []).append(statistics.mean(found))
     for attn in ("mfa", "mfa_kr"):
         assert f"{min(best[True, attn]):.2f}" == "1.41" and f"{min(best[False, attn]):.2f}" == "1.42"
-    assert "the baby preset at 1.41.** That is of MFA and of MFA-KR with Muon" in text and "AdamW recipes end at 1.42" in text
+    assert "the baby preset at 1.41** (MFA and MFA-KR with Muon, three seeds; AdamW: 1.42)" in text
     packed = {row["dataset"]: row for row in read_json(ROOT / "experiments" / "results" / "packing.json")["rows"] if row["context"] == 4096}
     wiki, books = packed["wikitext-2"], packed["pg-books"]
     assert f"cuts {wiki['cut_stream']:.0%} of wikitext-2's articles, `--packing best-fit` {wiki['cut_packed']:.0%}, with {wiki['padding']:.1%}" in text
@@ -199,6 +214,12 @@ def test_what_is_said_of_muon_by_heads_of_conversion_and_of_several_gpus_is_in_t
         assert len(apart) == 3 and all(a < s for a, s in zip(apart, stacked, strict=True))
         gains[attn] = statistics.mean(stacked) - statistics.mean(apart)
     assert f"by {gains['mha']:.3f} nats for MHA and {gains['mfa']:.3f} for MFA" in text
+    behind = [
+        statistics.mean(row["val_loss"] for row in results.of("muon_heads", f"mfa_{how}"))
+        - statistics.mean(row["val_loss"] for row in results.of("muon_heads", f"mha_{how}"))
+        for how in ("stacked", "apart")
+    ]
+    assert f"which is {behind[0]:.3f} behind MHA there, then {behind[1]:.3f}." in text
     made = {one.attn: one for one in plot.converted(conversion.read_results(conversion.RESULTS), results)}
     worse = {attn: math.exp(list(one.losses.values())[-1]) - math.exp(one.scratch) for attn, one in made.items()}
     sentence = "a GQA {gqa:.1f} worse than one from scratch. An MLA is {mla:.1f} worse, an MFA {mfa:.1f}."
@@ -219,7 +240,7 @@ def test_what_is_said_of_muon_by_heads_of_conversion_and_of_several_gpus_is_in_t
     assert f"at most {max(shares['baby']):.0%} to baby's ({slower})" in text
     baby = [row["ms"] for name, row in rows.items() if "baby" in name]
     longer = [ms["muon_heads"] / ms["muon"] - 1 for ms in baby]
-    assert f"or {min(longer) * 100:.0f} to {max(longer):.0%} longer in a small model" in text
+    assert f"A small model's step takes {min(longer) * 100:.0f} to {max(longer):.0%} longer." in text
     two = read_json(studies.RESULTS.with_name("many_gpus.json"))["speed"]["figures"][1]
     assert two["processes"] == 2 and f"train {2 * two['scaling']:.2f} times as fast as one" in text
     rows = [row for row in sharding.read(sharding.RESULTS) if row["preset"] == "paper-7b" and row["fits"]]
@@ -238,10 +259,13 @@ def test_what_is_said_of_training_and_prefill_is_in_the_results():
     assert f"{of['124M', 'train']:.2f}" == f"{of['1B', 'train']:.2f}" and f"{of['1B', 'train']:.2f} of MHA's speed at 124M and at 1B" in text
     more = rows[long, "train", "mfa"]["flops_per_token"] / rows[long, "train", "mha"]["flops_per_token"] - 1
     assert f"and at {of[long, 'train']:.2f} at 1B with a context of 8,192, where its wider heads ask for {more:.0%} more operations" in text
-    assert f"prefill runs at {of['1B', 'prefill']:.2f} and {of[long, 'prefill']:.2f}" in text
+    gqa = {shape: rows[shape, "prefill", "gqa2"]["of_mha"] for shape in ("124M", "1B", long)}
+    ours, theirs = ([f"{of:.2f}" for of in all] for all in ((of[shape, "prefill"] for shape in gqa), gqa.values()))
+    assert "prefill runs at {}, {} and {}, GQA's at {}, {} and {}.".format(*ours, *theirs) in text
     free = [row["of_mha"] for (shape, _, arm), row in rows.items() if arm in ("mqa", "gqa2") and shape != "30M"]
-    assert min(free) > 0.97  # they cost nothing
-    assert f"{of['1B', 'train']:.2f} of MHA's speed at 1B, {of[long, 'train']:.2f} with" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert min(free) > 0.97  # they train as fast as MHA
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"and {of['1B', 'train']:.2f} of MHA's training speed at 1B ({of[long, 'train']:.2f} at a context of 8,192)" in readme
 
 
 def test_order_names_the_pairs_that_differ():
@@ -393,7 +417,9 @@ def test_the_ratio_is_shown_by_recipe():
     assert f"| MHA, qk_norm | 16,384 | 100.00% | 29.89M | 0.003 | 2 | {mean:.2f} ± {deviation:.2f} | not made |" in text
     assert f"| MHA | 16,384 | 100.00% | 29.89M | 0.0014 | 1 | {math.exp(3.4):.2f} | not made |" in text
     assert "| GQA, 2 KV heads, qk_norm | 4,096 | 25.00% | 29.89M | – | 0 | not made | – | not made | – |" in text
-    assert "| MFA, qk_norm | MHA, qk_norm | 100.00% | -0.0100 | in 0 of 1 seeds |" in text
+    half = 12.71 * 0.1 / 2**0.5 * (1 + 1 / 2) ** 0.5  # the two MHAs' deviation, one degree of freedom
+    assert f"| MFA, qk_norm | MHA, qk_norm | 100.00% | -0.0100 ± {half:.4f} | in 0 of 1 seeds |" in text
+    assert "deviation, 0.0707 nats, from all arms with several seeds together, 1 degrees of freedom" in text
     axes = plot.figure1(results).axes
     assert [ax.get_title().splitlines() for ax in axes] == [
         ["AdamW, the paper's 18.5 a parameter", "one rate, one seed"],
@@ -416,12 +442,12 @@ def test_words_stand_beside_the_cache():
     results = plot.Results(studied("ratio", RATIO_LOSSES))
     measured = measured_words("ratio-muon_mha_norm-0", "ratio-muon_mha_norm-1", "ratio-muon_mfa_norm-0", "somebody's")
     text = plot.words_part(results, measured)
-    mha, mfa, ngram = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("| MHA, qk_norm, Muon", "| MFA, qk_norm, Muon", "| n-gram"))
+    mha, mfa, ngram = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("| MHA, qk_norm, Muon, 555M tokens", "| MFA, qk_norm, Muon", "| n-gram"))
     assert mha.endswith("| 71.7 ± 2.4 | 5.5000 ± 0.7071 | 3.0000 ± 0.7071 | 4.5000 ± 0.7071 |")
-    assert mfa.startswith("| MFA, qk_norm, Muon | 2,048 | 12.50% |") and mfa.endswith("| 76.7 | 7.0000 | 4.5000 | 6.0000 |")
+    assert mfa.startswith("| MFA, qk_norm, Muon, 555M tokens | 2,048 | 12.50% |") and mfa.endswith("| 76.7 | 7.0000 | 4.5000 | 6.0000 |")
     assert ngram == "| n-gram, published | – | – | – | 61.2 | – | – | – |"
     assert "| island effects, 2 paradigms | 62.5 ± 3.5 | 70.0 |" in text
-    assert "| MHA, qk_norm, Muon | 3.5000 | 2.5000 |" in text and "| 1 | 2 to 3 |" in text
+    assert "| MHA, qk_norm, Muon, 555M tokens | 3.5000 | 2.5000 |" in text and "| 1 | 2 to 3 |" in text
     _, right = plot.words_plot(results, measured).axes
     assert [[*line.get_ydata()] for line in right.lines] == [[0, 0], [1.5, 1.5]]
 

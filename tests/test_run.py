@@ -215,12 +215,13 @@ def test_jobs_on_one_device_take_turns_at_training(folder, monkeypatch):
     """A run that has compiled waits for its turn, trains, lets go and is evaluated; the wait is not among its seconds."""
 
     class Turn:
-        def __enter__(self):
+        def acquire(self):
             said.append("taken")
             clock[0] += 1000
 
-        def __exit__(self, *_):
+        def release(self):
             said.append("given back")
+            raise ValueError("the parent has released it, since another process was killed")
 
     said, clock, evaluate, perf_counter = [], [0], run.evaluate, time.perf_counter
     monkeypatch.setattr(run.time, "perf_counter", lambda: perf_counter() + clock[0])
@@ -514,7 +515,7 @@ def test_a_run_does_not_go_on_from_another(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "STEPS_BETWEEN_LOOKS", 1)
     keep = run.Keep(tmp_path / "weights.pt", until=0)
     run.train_run(toy(), folder, "cpu", val_tokens=1025, keep=keep)
-    with pytest.raises(RuntimeError, match="weights.state.pt is of another run or text: remove it"):
+    with pytest.raises(RuntimeError, match="weights.state is of another run or text: remove it"):
         run.train_run(toy(seed=1), folder, "cpu", val_tokens=1025, keep=keep)
 
 
@@ -545,14 +546,27 @@ def test_the_queue_stops_at_the_limit_and_goes_on_in_the_next_call(
     flags = ["--study=muon_heads", f"--results={path}", f"--keep={kept}", "--limit_seconds=250"]
     assert call(folder.parent, *flags) == 0
     assert "stopped at step 3 of 4, kept in" in capsys.readouterr().out
-    states = sorted(file.name for file in kept.glob("*.state.pt"))
-    assert len(states) == 14 and states[0] == "muon_heads-mfa_30m-0.003-0.state.pt"
+    states = sorted(file.name for file in kept.glob("*.state"))
+    assert len(states) == 14 and states[0] == "muon_heads-mfa_30m-0.003-0-shakespeare-byte.state"
     assert len(read_results(path)) == 2  # before the time was up
     assert call(folder.parent, *flags[:-1]) == 0
     rows = read_results(path)
     assert len(rows) == 16 and [row["stops"] for row in rows] == [[]] * 2 + [[3]] * 14
     weights = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in kept.iterdir()}
     assert {row["weights"]["file"]: row["weights"]["sha256"] for row in rows} == weights
+
+
+def test_a_second_seed_waits_for_the_rates_of_its_arm(tmp_path):
+    """A run that is trained may change what rate is best, and so which one the seed gets."""
+    scheduler = run.Scheduler(run.Args(study="modern"), tmp_path / "r", read_results(studies.RESULTS), dict(device="cpu"))
+    first = next(task for task in queue("modern", done=scheduler.done) if task.arm == "mfa_norm" and task.run not in scheduler.done)
+    scheduler.running[object()] = first, "cpu"
+    asked = []
+    while (task := scheduler.next_task("cpu")) is not None:
+        asked.append(task)
+        scheduler.failed.add(task.run)
+    assert first.run.seed == 0 and any(task.run.seed for task in asked)
+    assert not [task for task in asked if task.arm == "mfa_norm" and task.run.seed]
 
 
 def test_a_run_that_can_stop_begins_where_it_would_not_end_in_time(full_size, tmp_path):

@@ -54,6 +54,7 @@ from experiments.study.studies import (
     read_results,
     results_by_run,
     run_for,
+    settings,
     untrained,
 )
 from mfa import ATTENTION, Config, cache_bytes, preset
@@ -67,7 +68,8 @@ from train import mha_of
 WITH_GRID = {study for study, _, factors, _ in QUEUE if factors in (GRID, MUON_GRID)}
 COMPARED = ("mha", "mfa", "mfa_kr")
 SCALED = {attn: NAME[attn] for attn in COMPARED} | {"mfa_half": "MFA, query rank dim/2"}
-T95 = {2: 4.303, 3: 3.182, 4: 2.776}  # Student's t of a two-sided 95% interval, by degrees
+# Student's t of a two-sided 95% interval, by degrees of freedom; more than 12 count as 12.
+T95 = [math.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179]
 
 
 class Results:
@@ -123,19 +125,38 @@ def outcome(rows: list[dict], what: str = "ppl", digits: int = 2) -> str:
     return ", ".join(texts)
 
 
-def difference(ours: list[float], theirs: list[float]) -> tuple[float, float | None]:
-    """Mean of theirs less mean of ours, and half its 95% interval, None for single runs.
+class Pooled(NamedTuple):
+    """One variance for several arms: of a run, over the seeds."""
 
-    Student's t with one variance for both. Not paired by seed: over our arms the losses of equal
-    seeds do not go together.
+    variance: float
+    degrees: int
+
+    def half_interval(self, n: int, m: int) -> float:
+        """Half the 95% interval, Student's t, of a difference of means of n and of m runs."""
+        t = T95[min(self.degrees, len(T95) - 1)]
+        return t * math.sqrt(self.variance * (1 / n + 1 / m))
+
+
+def pooled(arms: Iterable[list[float]]) -> Pooled | None:
+    """Of the arms with two runs or more; None if there is none."""
+    several = [values for values in arms if len(values) > 1]
+    degrees = sum(len(values) - 1 for values in several)
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in several)
+    return Pooled(squares / degrees, degrees) if several else None
+
+
+def difference(
+    ours: list[float], theirs: list[float], pool: Pooled | None = None
+) -> tuple[float, float | None]:
+    """Mean of theirs less mean of ours, and half its 95% interval.
+
+    By the variance of pool, else by one variance for these two, None for single runs. Not paired
+    by seed: over our arms the losses of equal seeds do not go together.
     """
-    n, m = len(ours), len(theirs)
-    mean = statistics.mean(theirs) - statistics.mean(ours)
-    if min(n, m) < 2:
-        return mean, None
-    degrees = n + m - 2
-    squares = (n - 1) * statistics.variance(ours) + (m - 1) * statistics.variance(theirs)
-    return mean, T95[degrees] * math.sqrt(squares / degrees * (1 / n + 1 / m))
+    if pool is None and min(len(ours), len(theirs)) > 1:
+        pool = pooled([ours, theirs])
+    half = pool.half_interval(len(ours), len(theirs)) if pool else None
+    return statistics.mean(theirs) - statistics.mean(ours), half
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -200,17 +221,23 @@ def order(results: Results, study: str) -> str:
 StudyArm = tuple[str, str]  # (study, arm)
 
 
+def losses_by_seed(results: Results, which: StudyArm, factor: float | None) -> dict[int, float]:
+    """Of the runs that trained, at `factor` of the arm's rate, by default at its best."""
+    return {r["seed"]: r["val_loss"] for r in results.of(*which, factor) if not untrained(r)}
+
+
 def difference_cells(
-    results: Results, one: StudyArm, other: StudyArm, factor: float | None = None
+    results: Results,
+    one: StudyArm,
+    other: StudyArm,
+    factor: float | None = None,
+    pool: Pooled | None = None,
 ) -> list[str]:
-    """The loss of other less that of one, each at `factor` of its rate, by default at its best."""
-    ours, theirs = (
-        {row["seed"]: row["val_loss"] for row in results.of(*which, factor) if not untrained(row)}
-        for which in (one, other)
-    )
+    """The loss of other less that of one, see losses_by_seed."""
+    ours, theirs = (losses_by_seed(results, which, factor) for which in (one, other))
     text, verdict = "–", "not made"
     if ours and theirs:
-        mean, half = difference([*ours.values()], [*theirs.values()])
+        mean, half = difference([*ours.values()], [*theirs.values()], pool)
         text = f"{mean:z.4f}" + (f" ± {half:.4f}" if half is not None else "")
         seeds = ours.keys() & theirs.keys()
         wins = sum(theirs[seed] > ours[seed] for seed in seeds)
@@ -221,10 +248,13 @@ def difference_cells(
 
 
 def differences(
-    results: Results, pairs: Iterable[tuple[StudyArm, StudyArm]], factor: float | None = None
+    results: Results,
+    pairs: Iterable[tuple[StudyArm, StudyArm]],
+    factor: float | None = None,
+    pool: Pooled | None = None,
 ) -> str:
     head = ["", "against", "whose cache is", "its loss less ours, nats (95%)", "ours is better"]
-    return table(head, [difference_cells(results, *pair, factor) for pair in pairs])
+    return table(head, [difference_cells(results, *pair, factor, pool) for pair in pairs])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,16 +346,45 @@ def rates_table(results: Results, study: str, arms: Iterable[str]) -> str:
     return table([*head, "perplexity", *rates], body)
 
 
-def against_others(results: Results, study: str, ours: Iterable[str], arms: Iterable[str]) -> str:
+def pooled_seeds(results: Results, study: str, arms: Iterable[str]) -> Pooled | None:
+    """Of some arms of a study, each at its best rate."""
+    return pooled([*losses_by_seed(results, (study, arm), None).values()] for arm in arms)
+
+
+def against_others(
+    results: Results,
+    study: str,
+    ours: Iterable[str],
+    arms: Iterable[str],
+    factor: float | None = None,
+    pool: Pooled | None = None,
+) -> str:
     """Distances of some arms from every other that was made."""
-    made = [arm for arm in arms if results.of(study, arm)]
+    made = [arm for arm in arms if results.of(study, arm, factor)]
     pairs = [(arm, other) for arm in ours for other in made if arm in made and other != arm]
-    return differences(results, (((study, one), (study, other)) for one, other in pairs))
+    return differences(results, (((study, one), (study, two)) for one, two in pairs), factor, pool)
+
+
+def interval_text(pool: Pooled | None) -> str:
+    if not pool:
+        return ""
+    return (
+        f"An interval takes a run's deviation, {pool.variance**0.5:.4f} nats, from all arms with "
+        f"several seeds together, {pool.degrees} degrees of freedom: two seeds of one arm say "
+        f"little of it. It leaves out that seed 0 has chosen the rate, too."
+    )
 
 
 def modern_part(results: Results) -> str:
-    against = against_others(results, "modern", ("mfa", BEST_KR), MODERN)
-    return rates_table(results, "modern", MODERN) + "\n\n" + against
+    """Arms with a grid of rates at their best; all at one rate."""
+    pool = pooled_seeds(results, "modern", MODERN)
+    tried = [arm for arm in MODERN if len(results.losses_by_rate("modern", arm)) >= len(GRID)]
+    best = against_others(results, "modern", ("mfa", BEST_KR), tried, pool=pool)
+    same = against_others(results, "modern", ("mfa", BEST_KR), MODERN, factor=1, pool=pool)
+    at = f"All at {rates_of(results, 'modern', 'mfa', [1])[0]}, most of them one seed:"
+    texts = [rates_table(results, "modern", MODERN), interval_text(pool)]
+    texts += ["Each at its best of three or four rates:", best, at, same]
+    return "\n\n".join(filter(None, texts))
 
 
 # By recipe: the arms, and those that are compared with the others.
@@ -339,15 +398,19 @@ def ratio_part(results: Results) -> str:
     texts = []
     for recipe, (arms, ours) in RATIO_ARMS.items():
         if any(results.of("ratio", arm) for arm in arms):
-            against = against_others(results, "ratio", ours, arms)
-            texts += [f"{recipe}:", rates_table(results, "ratio", arms), against]
+            pool = pooled_seeds(results, "ratio", arms)
+            against = against_others(results, "ratio", ours, arms, pool=pool)
+            texts += [f"{recipe}:", rates_table(results, "ratio", arms), interval_text(pool)]
+            texts.append(against)
     if not texts:
         return ""
     run = results.run("ratio", "muon_mha_norm")
     tokens = run.max_iters * run.batch_size * run.cfg.block_size
     what = f"{tokens / 1e6:.0f}M tokens, {tokens / sizes_of(run).params:.1f} a parameter"
-    setting = f"{what}, in {run.max_iters:,} steps of {run.batch_size} x {run.cfg.block_size}."
-    return "\n\n".join(["## The paper's ratio of tokens to parameters", setting, *texts])
+    setting = f"{what}, in {run.max_iters:,} steps of {run.batch_size} x {run.cfg.block_size}. "
+    setting += "Rates begin at the best of shorter runs; beside MHA's and MFA's others are tried."
+    head = "## The paper's ratio of tokens to parameters"
+    return "\n\n".join(filter(None, [head, setting, *texts]))
 
 
 # (study, arm) of the stacked one, arm of the other, size
@@ -779,7 +842,9 @@ def words_by_arm(results: Results, measured: dict) -> dict[StudyArm, Cost]:
 
 def title_of(study: str, arm: str) -> str:
     a = STUDIES[study][arm]
-    return f"{a.name}, {'AdamW' if a.optimizer == 'adamw' else 'Muon'}"
+    cfg, batch_size, steps, _ = settings(study, arm)
+    tokens = f"{batch_size * cfg.block_size * steps / 1e6:.0f}M tokens"
+    return f"{a.name}, {'AdamW' if a.optimizer == 'adamw' else 'Muon'}, {tokens}"
 
 
 def percent(shares: list[float]) -> str:
@@ -857,7 +922,8 @@ def words_plot(results: Results, measured: dict) -> Figure | None:
         by, of_mha = recall_by_distance(cost.recall), recall_by_distance(mha.recall if mha else [])
         places = [d for d in by if d in of_mha]
         line = dict(markersize=5, label=title_of(study, arm))
-        right.plot(places, [by[d] - of_mha[d] for d in places], **look, **line)
+        if places:
+            right.plot(places, [by[d] - of_mha[d] for d in places], **look, **line)
     left.set_xscale("log", base=2)
     left.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "all"])
     left.set(xlabel="KV cache, share of MHA's", ylabel="BLiMP, % (pale: AdamW)")
@@ -872,16 +938,20 @@ def words_plot(results: Results, measured: dict) -> Figure | None:
 
 
 def mha_beside(study: str, arm: str) -> str:
-    """The MHA of the same study and recipe."""
+    """The MHA of the same study and recipe, with a norm if the arm has one."""
     if study == "ratio":
         return "muon_mha_norm" if arm.startswith("muon") else "adamw_mha"
-    return "mha"
+    model = STUDIES[study][arm].model
+    norm = study == "modern" and (model.get("qk_norm") or model.get("latent_norm"))
+    return "mha_norm" if norm else "mha"
 
 
+SHARES = dict(mla_joint="MLA, joint latent", gqa2="GQA, a quarter of the heads")  # at every shape
 SECONDS = """\
 GPU seconds are MHA's, by its tokens/s above, over "MHA = 1". That ratio is of two models timed in
-turn; tokens/s of two rows are of different moments, and the card changes. At 30M take a ratio as
-± 0.04: GQA and MQA do the same products as MHA. Evaluations are left out."""
+turn; tokens/s of two rows are of different moments, and the machine changes. At 30M a ratio errs by
+0.05: the two MFAs do as many operations. Timed are 64 x 512 tokens a step, and the losses are of 32
+x 512. Evaluations are left out."""
 IN_TIME = """\
 The loss in MHA's seconds is an estimate: a slower model has seen fewer tokens by then, and between
 the two lengths that were trained to their end the loss falls along the logarithm of the tokens."""
@@ -905,7 +975,7 @@ def equal_time_part(results: Results, speeds: Speeds) -> str:
             cells = [f"{known['params'] / 1e6:,.1f}M", f"{share:.2%}", operations]
             for row in both:
                 cells += [f"{row['tokens_per_s']:,.0f}", f"{row['of_mha']:.2f}"] if row else "––"
-            body.append([MODERN[arm].name, *cells])
+            body.append([SHARES.get(arm, MODERN[arm].name), *cells])
         if body:
             size = f"{shape}, {sizes.batch} x {sizes.context} tokens, {sizes.optimizer}"
             head = [size, "parameters", "cache, of MHA's", "GFLOP to train on a token"]

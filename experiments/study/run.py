@@ -85,7 +85,7 @@ SMOKE_TOKENS = 1025  # validation tokens that --smoke has
 STEPS_BEFORE_CAPTURE = 3  # they compile; the next one becomes a CUDA graph
 STEPS_BETWEEN_LOOKS = 100  # at the clock
 WORTH_BEGINNING = 90  # seconds that a run which can stop needs at least: it compiles for thirty
-DEVICE_LOCKS: dict[str, contextlib.AbstractContextManager] = {}  # in the processes of --jobs 2
+DEVICE_LOCKS: dict = {}  # of devices, in the processes of --jobs 2
 
 
 @dataclass
@@ -310,7 +310,7 @@ class Keep(NamedTuple):
 
     @property
     def state(self) -> Path:
-        return self.weights.with_suffix(".state.pt")
+        return self.weights.with_suffix(".state")  # no .pt: words.py takes FOLDER/*.pt
 
     def time_is_up(self, steps: int, device: torch.device) -> bool:
         """Asked before each step, and answered after every hundred."""
@@ -377,7 +377,7 @@ def train_run(
             while at.step < run.max_iters and not at.diverged:
                 if at.step == first + STEPS_BEFORE_CAPTURE and device_name in DEVICE_LOCKS:
                     asked = time.perf_counter()
-                    lock.enter_context(DEVICE_LOCKS[device_name])
+                    lock.enter_context(held(DEVICE_LOCKS[device_name]))
                     waited = time.perf_counter() - asked
                 if keep and keep.time_is_up(at.step - first, machine.device):
                     at.stops.append(at.step)
@@ -516,6 +516,17 @@ def workers(jobs: int, devices: list[str]) -> Iterator[Callable[..., Future]]:
             yield lambda work, *values: pool.submit(in_own_process, work, *values)
 
 
+@contextlib.contextmanager
+def held(lock) -> Iterator[None]:
+    """lock, which the parent releases for all if it sees a process that was killed."""
+    lock.acquire()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            lock.release()
+
+
 def share_locks(locks: dict) -> None:
     """What a process begins with: a lock for each device."""
     DEVICE_LOCKS.update(locks)
@@ -564,8 +575,11 @@ class Scheduler:
     def keep(self, task: Task) -> Keep | None:
         if self.args.keep is None:
             return None
-        name = f"{task.study}-{task.arm}-{task.run.lr:g}-{task.run.seed}.pt"
-        return Keep(self.args.keep / name, self.until)
+        which = task.study, task.arm, f"{task.run.lr:g}", str(task.run.seed), self.text_of(task)
+        return Keep(self.args.keep / f"{'-'.join(which)}.pt", self.until)
+
+    def text_of(self, task: Task) -> str:
+        return self.dataset or dataset_of(task.study)
 
     def next_tasks(self) -> Iterator[tuple[Task, str]]:
         """What to start now, and where: on the device with the fewest runs."""
@@ -578,13 +592,19 @@ class Scheduler:
             yield task, device
 
     def next_task(self, device: str) -> Task | None:
-        """The first of the queue that is neither done nor failed nor running, and fits the time."""
+        """The first of the queue that is neither done nor failed nor running, and fits the time.
+
+        No second seed beside a run of its arm, which may change what rate is best.
+        """
         passed = time.perf_counter() - self.began
         running = [(task.run, place) for task, place in self.running.values()]
         ahead = sum(self.seconds(run) for run, place in running if place == device)
         taken = self.failed | self.stopped | {run for run, _ in running}
+        unsure = {(task.study, task.arm) for task, _ in self.running.values()}  # of the best rate
         for task in self.tasks:
             if task.run in self.done or task.run in taken:
+                continue
+            if task.run.seed and (task.study, task.arm) in unsure:
                 continue
             needed = self.seconds(task.run)
             if self.args.keep:
@@ -612,7 +632,7 @@ class Scheduler:
             return
         name = STUDIES[task.study][task.arm].name
         which = dict(study=task.study, arm=task.arm, name=name)
-        which |= dict(dataset=self.dataset or dataset_of(task.study))
+        which |= dict(dataset=self.text_of(task))
         row = {**which, **row_of(task.run), **result, **self.columns}
         self.rows.append(row)
         self.done[task.run] = row
