@@ -431,8 +431,19 @@ def values(folder: Path) -> dict[str, str]:
         "pre_torch": step_time(folder, "pre", "sdpa"),
         "pre_kernel": step_time(folder, "pre", "triton"),
         "post_kernel": step_time(folder, "post", "triton"),
+        "mfa_trains": of_mha(folder, figures.SHAPE, "train"),
+        "mfa_trains_long": of_mha(folder, figures.LONG, "train"),
+        "mfa_reads": of_mha(folder, figures.SHAPE, "prefill"),
+        "mfa_reads_long": of_mha(folder, figures.LONG, "prefill"),
         "largest_batch": largest_batch(folder),
     }
+
+
+def of_mha(folder: Path, shape: str, what: str) -> str:
+    """MFA's speed of training or of prefill, as a share of MHA's."""
+    times = figures.equal_time.read(folder / figures.equal_time.RESULTS.name)
+    row = times.get((shape, what, "mfa"))
+    return f"{row['of_mha']:.2f}" if row else figures.MISSING
 
 
 def picture(path: Path, marker: str) -> str:

@@ -28,6 +28,7 @@ from experiments.study.studies import Arm as Planned  # noqa: E402
 RESULTS = ROOT / "experiments" / "results"
 MISSING = "not measured"
 PRESET, SHAPE = "paper-1b", "1B"  # the shape of the counted columns and of the speeds
+LONG = "1B, context 8192"
 BATCH, CONTEXT = 32, 16384  # of the speeds
 between = around  # (head, tail) of a README around one of its tables
 

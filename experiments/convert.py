@@ -3,12 +3,12 @@
     python experiments/convert.py --checkpoint out/tiny-mha/best.pt --to mfa --out out/converted
     python train.py --init_from out/converted/best.pt --out out/converted-mfa --max_iters 200
 
-paper/truncation.py has the mathematics, for one layer. Here the frequencies that go on turning are
+paper/truncation.py has the mathematics, for one layer. Here the frequencies that go on rotating are
 chosen, the same for all layers: a ladder, every k-th of the source's, counted from the fastest,
 with k such that they keep most.
 
 Exact: without rotary positions, if the latent is as wide as all keys (and values, where they share
-it), or GQA of as many heads. All else is lost: what the cut leaves out, and the turning of the
+it), or GQA of as many heads. All else is lost: what the cut leaves out, and the rotation of the
 frequencies that stop. FFN, norms and embedding are copied, so the parameters are not MHA's number.
 MHA2MLA (arXiv:2502.14837) and TransMLA (arXiv:2502.07864) convert to MLA in this spirit.
 """
@@ -41,8 +41,8 @@ EVAL_TOKENS = 1 << 17  # validation tokens
 def target(cfg: Config, attn: str, **fields) -> Config:
     """The Config of what cfg's model becomes. Fields as in Config; those not given:
 
-    heads are cfg's; latent_dim dim // 8; q_rank all that the queries need; half of a key turns,
-    or of MLA's d_r = d / 2. ValueError if there is none.
+    heads are cfg's; latent_dim dim // 8; q_rank all that the queries need; half of a key is
+    rotated, or of MLA's d_r = d / 2. ValueError if there is none.
     """
     kinds = ("mha", *TARGETS[:2])
     require(cfg.attn in kinds, f"only mha, gqa and mqa are converted, not {cfg.attn}")
@@ -52,11 +52,11 @@ def target(cfg: Config, attn: str, **fields) -> Config:
     own = dict(attn=attn, n_head=n, latent_dim=0, compress_query=False, latent_norm=False)
     own |= dict(ffn_dim=cfg.ffn, rope_dim=cfg.head_dim // 2) | fields
     C = own["latent_dim"] or cfg.dim // 8
-    turned = int(cfg.rope_fraction * cfg.head_dim)
+    rotated = int(cfg.rope_fraction * cfg.head_dim)
     if attn.startswith("mfa"):
         own["q_rank"] = own.get("q_rank") or min(cfg.dim, own["n_head"] * C)
-        own.setdefault("rope_fraction", 2 * max(1, min(turned // 4, C // 4)) / C)
-    own.setdefault("rope_fraction", 2 * max(1, turned // 4) / cfg.head_dim)
+        own.setdefault("rope_fraction", 2 * max(1, min(rotated // 4, C // 4)) / C)
+    own.setdefault("rope_fraction", 2 * max(1, rotated // 4) / cfg.head_dim)
     new = replace(cfg, **own)
     g, heads = ATTENTION[cfg.attn].kv_heads(cfg), new.heads
     more = attn.startswith("mfa") and cfg.pos != "alibi"
@@ -67,13 +67,13 @@ def target(cfg: Config, attn: str, **fields) -> Config:
         require(fits, f"n_kv_head must divide the checkpoint's {g}, not be {new.n_kv_head}")
     if cfg.pos == "rope":
         flag, wanted = "rope_dim" if attn == "mla" else "rope_fraction", rotated_width(new)
-        what = f"{flag} makes {wanted} dimensions turn, and in the checkpoint {turned} do"
-        require(wanted <= turned, f"{what}: lower it")
+        what = f"{flag} rotates {wanted} dimensions, and the checkpoint rotates {rotated}"
+        require(wanted <= rotated, f"{what}: lower it")
     return new
 
 
 def rotated_width(cfg: Config) -> int:
-    """Dimensions of a key that turn."""
+    """Dimensions of a key that are rotated."""
     if cfg.pos != "rope":
         return 0
     kind = ATTENTION[cfg.attn]
@@ -130,7 +130,7 @@ class Args:
     key_reuse_rope: Literal["pre", "post", "inverse"] = "pre"  # mfa_kr
     q_rank: int = 0  # mfa, mfa_kr: rank of the query; 0: all that it needs, so that it is exact
     n_head: int = 0  # mfa, mfa_kr: heads, where more than the checkpoint's; the rest begins silent
-    rope_fraction: float | None = None  # share of a key that turns; default: half as much as now
+    rope_fraction: float | None = None  # rotated share of a key; default: half as much as now
     rope_dim: int | None = None  # mla: width of the rotary key; default: half of head_dim
     look_at: int = 16384  # tokens of the checkpoint's own training text to look at; 0: none
 

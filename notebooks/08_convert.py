@@ -154,7 +154,7 @@ for name, A in (("complex numbers", as_matrix), ("any matrix", torch.randn(d, d)
 # %% [markdown]
 # So heads may share a turning key only frequency by frequency, $k_c = p_c\, \sigma$ with a complex $p_c$: one complex number of
 # all $n$ that were there. That is a bad bargain. MHA2MLA and TransMLA, which convert large models to MLA, find the same: let
-# only some frequencies turn, and cut the rest as freely as without positions.
+# only some frequencies rotate, and cut the rest as freely as without positions.
 #
 # What does a frequency lose that stops turning? Its $e^{i\omega D}$ becomes a constant. The best constant is the mean over
 # the distances $D$ that a head looks at. If that mean has size 1, nothing is lost. If it is 0, everything is.

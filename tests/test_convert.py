@@ -247,8 +247,8 @@ def test_key_reuse_under_rotation_in_all_three_readings(reading):
         (dict(attn="gqa"), "gqa", dict(n_kv_head=4), "n_kv_head must divide the checkpoint's 2, not be 4"),
         (dict(attn="mha"), "mfa", dict(n_head=3, latent_dim=8), "n_head must be 4, as in the checkpoint, or more, not 3"),
         (dict(attn="mha", pos="alibi"), "mfa", dict(n_head=8), "n_head must be 4, as in the checkpoint, not 8"),
-        (dict(attn="mha"), "mla", dict(rope_dim=8), "rope_dim makes 8 dimensions turn, and in the checkpoint 4 do"),
-        (dict(attn="mha"), "mfa", dict(latent_dim=8, rope_fraction=1.0), "rope_fraction makes 8 dimensions turn"),
+        (dict(attn="mha"), "mla", dict(rope_dim=8), "rope_dim rotates 8 dimensions, and the checkpoint rotates 4"),
+        (dict(attn="mha"), "mfa", dict(latent_dim=8, rope_fraction=1.0), "rope_fraction rotates 8 dimensions"),
     ],
 )
 def test_what_cannot_be_converted_is_said(source, attn, fields, says):
@@ -318,7 +318,7 @@ def test_where_its_text_is_gone_the_weights_alone_must_do(trained, tmp_path, cap
     [
         (["--to=gqa", "--n_kv_head=3"], "error: --to gqa: n_head 4 must be a multiple of n_kv_head 3"),
         (["--to=mfa", "--n_head=2"], "error: --to mfa: n_head must be 4, as in the checkpoint, or more, not 2"),
-        (["--to=mla", "--rope_dim=16"], "error: --to mla: rope_dim makes 16 dimensions turn"),
+        (["--to=mla", "--rope_dim=16"], "error: --to mla: rope_dim rotates 16 dimensions"),
         (["--to=mha"], "invalid choice"),
     ],
 )

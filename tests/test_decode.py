@@ -238,7 +238,7 @@ def test_keys_may_turn_in_part(case, fraction):
 @pytest.mark.skipif(decode.triton is None, reason="needs Triton")
 @pytest.mark.parametrize(("latent_dim", "fraction"), [(10, 0.2), (10, 0.6), (64, 0.5), (48, 0.75), (10, 1.0)])
 def test_the_kernel_rotates_what_turns(latent_dim, fraction):
-    """Keys that are cached unrotated; the last of their dimensions turn."""
+    """Keys that are cached unrotated; the last of their dimensions are rotated."""
     layer = gpt("mfa_kr gated pre", latent_dim=latent_dim, rope_fraction=fraction).float().to(KERNELS).blocks[0].attn
     pairs = torch.cat(decode.rotary_pairs(layer))
     assert pairs.sort().values.tolist() == list(range(latent_dim))
