@@ -148,6 +148,9 @@ def test_the_ratio_begins_at_the_best_rate_of_the_short_runs():
     done |= results_by_run([row(longer, 3.2) | dict(dataset=studies.dataset_of("ratio"))])
     seeds = [task.run for task in queue("ratio", done=done) if task.arm == "muon_mfa_norm" and task.run.seed]
     assert [run.lr for run in seeds] == [6.75e-3]  # now its own results say what is best
+    done |= results_by_run([row(longer, None) | dict(dataset=studies.dataset_of("ratio"), diverged=True)])
+    rates = [task.run.lr for task in queue("ratio", done=done) if task.arm == "muon_mfa_norm"]
+    assert rates[0] == 4.5e-3  # it did not stand that rate
 
 
 def test_seeds_come_after_the_rates_and_at_the_best_of_them():

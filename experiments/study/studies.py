@@ -385,15 +385,22 @@ def queue(
             continue
         for seed in seeds:
             for arm in arms:
-                best = best_rate(name, arm, done, toy) or 1
-                if name == "ratio" and not losses_by_rate(name, arm, done, toy):
-                    best = best_rate(*short_run_of(arm), done, toy) or 1
+                best = best_so_far(name, arm, done, toy)
                 for factor in factors or [best]:
                     run = run_for(name, arm, factor, seed, toy)
                     if run in seen or run not in done and is_far(factor, best, grid_of(name, arm)):
                         continue
                     seen.add(run)
                     yield Task(name, arm, run)
+
+
+def best_so_far(study: str, arm: str, done: dict[Run, dict], toy: bool) -> float:
+    """The factor to go on with: the best, a lower one if none has trained, the first at first."""
+    tried, grid = losses_by_rate(study, arm, done, toy), grid_of(study, arm)
+    if not tried:
+        return study == "ratio" and best_rate(*short_run_of(arm), done, toy) or 1
+    lower = [factor for factor in grid if factor < min(tried)]
+    return best_rate(study, arm, done, toy) or max(lower, default=min(tried))
 
 
 def short_run_of(arm: str) -> tuple[str, str]:
