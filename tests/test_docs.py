@@ -250,7 +250,7 @@ def test_the_advice_is_what_the_results_say():
     decode = figures.read_decode()
     assert figures.speeds(decode, "mla")["joint"]["tokens_per_s"] < figures.speeds(decode, "mfa")[""]["tokens_per_s"]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"MFA's price: {ppl['mfa'] - ppl['mha_norm']:.1f} beside MHA with the norm" in readme
+    assert f"MFA's price: {ppl['mfa'] - ppl['mha_norm']:.1f} in perplexity beside MHA with the norm" in readme
     mha, gqa, mfa = (figures.speeds(decode, attn)[""]["tokens_per_s"] for attn in ("mha", "gqa", "mfa"))
     assert f"{mfa / mha:.1f} times as fast as MHA and {mfa / gqa:.1f} times as GQA" in readme
     at_7m = [statistics.mean(row["ppl"] for row in measured.results.of("muon_heads", f"{attn}_stacked")) for attn in ("mfa", "mha")]
