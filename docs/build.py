@@ -431,19 +431,21 @@ def values(folder: Path) -> dict[str, str]:
         "pre_torch": step_time(folder, "pre", "sdpa"),
         "pre_kernel": step_time(folder, "pre", "triton"),
         "post_kernel": step_time(folder, "post", "triton"),
-        "mfa_trains": of_mha(folder, figures.SHAPE, "train"),
-        "mfa_trains_long": of_mha(folder, figures.LONG, "train"),
-        "mfa_reads": of_mha(folder, figures.SHAPE, "prefill"),
-        "mfa_reads_long": of_mha(folder, figures.LONG, "prefill"),
         "largest_batch": largest_batch(folder),
+        **training_and_prefill(folder),
     }
 
 
-def of_mha(folder: Path, shape: str, what: str) -> str:
-    """MFA's speed of training or of prefill, as a share of MHA's."""
+def training_and_prefill(folder: Path) -> dict[str, str]:
+    """MFA's speeds as shares of MHA's, with the short and with the long context."""
     times = figures.equal_time.read(folder / figures.equal_time.RESULTS.name)
-    row = times.get((shape, what, "mfa"))
-    return f"{row['of_mha']:.2f}" if row else figures.MISSING
+    shapes = {"": figures.SHAPE, "_long": figures.LONG}
+    found = {}
+    for name, what in (("mfa_trains", "train"), ("mfa_reads", "prefill")):
+        for end, shape in shapes.items():
+            row = times.get((shape, what, "mfa"))
+            found[name + end] = f"{row['of_mha']:.2f}" if row else figures.MISSING
+    return found
 
 
 def picture(path: Path, marker: str) -> str:

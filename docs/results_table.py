@@ -215,8 +215,7 @@ def conditions(found: list[Arm], measured: Measured) -> list[str]:
         heads += " drawing and in the paper's 1B, a sixteenth"
         heads += ". The flags are for that shape, at dim 512; for Muon add `--optimizer muon` and"
         heads += " the `--learning_rate`, the best of two to four where it does not say only."
-        heads += " DeepSeek's"
-        heads += " MLA begins with DeepSeek's init, too, for which there is no flag"
+        heads += " DeepSeek's MLA begins with DeepSeek's init, too, for which there is no flag"
         cache = "The cache is a share of MHA's"
         lines.append(f"Perplexity: {study}. {cache}. {heads}.")
     decode = measured.decode

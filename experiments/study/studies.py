@@ -396,11 +396,13 @@ def queue(
 
 def best_so_far(study: str, arm: str, done: dict[Run, dict], toy: bool) -> float:
     """The factor to go on with: the best, a lower one if none has trained, the first at first."""
-    tried, grid = losses_by_rate(study, arm, done, toy), grid_of(study, arm)
-    if not tried:
-        return study == "ratio" and best_rate(*short_run_of(arm), done, toy) or 1
-    lower = [factor for factor in grid if factor < min(tried)]
-    return best_rate(study, arm, done, toy) or max(lower, default=min(tried))
+    if best := best_rate(study, arm, done, toy):
+        return best
+    if tried := losses_by_rate(study, arm, done, toy):
+        lower = [factor for factor in grid_of(study, arm) if factor < min(tried)]
+        return max(lower, default=min(tried))
+    short = best_rate(*short_run_of(arm), done, toy) if study == "ratio" else None
+    return short or 1
 
 
 def short_run_of(arm: str) -> tuple[str, str]:
