@@ -113,7 +113,7 @@ def test_queue():
     planned = {task.run for task in tasks}
     for study, arm in EVERYTHING:
         rates = GRID if study in ("figure1", "table3", "table4", "table5") else (1,)
-        seeds = (0,) if study == "ratio" or arm in studies.HEADS_30M else (0, 1, 2)
+        seeds = (0,) if study in studies.RATIOS or arm in studies.HEADS_30M else (0, 1, 2)
         assert {run_for(study, arm, times, seed) for times in rates for seed in seeds} <= planned
 
 

@@ -26,7 +26,6 @@ from experiments.paper.tables import FIGURE1_MLA
 from experiments.probes import copying, many_gpus, rounding
 from experiments.study import conversion, words
 from experiments.study.studies import (
-    ADAMW_ARMS,
     BEST_KR,
     FIGURE1,
     FIGURE3,
@@ -34,10 +33,10 @@ from experiments.study.studies import (
     HEADS_CORE,
     LENGTH,
     MODERN,
-    MUON_ARMS,
     MUON_GRID,
     QUESTION_A,
     QUEUE,
+    RATIOS,
     RESULTS,
     SEEDS,
     STUDIES,
@@ -387,30 +386,36 @@ def modern_part(results: Results) -> str:
     return "\n\n".join(filter(None, texts))
 
 
-# By recipe: the arms, and those that are compared with the others.
-RATIO_ARMS = {
-    "Muon": (MUON_ARMS, ("muon_mfa_norm", f"muon_{BEST_KR}")),
-    "AdamW": (ADAMW_ARMS, ("adamw_mfa", "adamw_mfa_kr")),
-}
+RECIPES = dict(muon="Muon", adamw="AdamW", short="Muon, 2.2 tokens a parameter")  # RATIOS' arms
 
 
 def ratio_part(results: Results) -> str:
     texts = []
-    for recipe, (arms, ours) in RATIO_ARMS.items():
-        if any(results.of("ratio", arm) for arm in arms):
-            pool = pooled_seeds(results, "ratio", arms)
-            against = against_others(results, "ratio", ours, arms, pool=pool)
-            texts += [f"{recipe}:", rates_table(results, "ratio", arms), interval_text(pool)]
-            texts.append(against)
+    for study in RATIOS:
+        if made := ratio_tables(results, study):
+            run = results.run(study, "muon_mha_norm")
+            tokens = run.max_iters * run.batch_size * run.cfg.block_size
+            size = STUDIES[study]["muon_mha_norm"].size.partition(",")[0]
+            what = f"{tokens / 1e6:.0f}M tokens, {tokens / sizes_of(run).params:.1f} a parameter"
+            steps = f"{run.max_iters:,} steps of {run.batch_size} x {run.cfg.block_size}"
+            texts += [f"**{size}**: {what}, in {steps}.", *made]
     if not texts:
         return ""
-    run = results.run("ratio", "muon_mha_norm")
-    tokens = run.max_iters * run.batch_size * run.cfg.block_size
-    what = f"{tokens / 1e6:.0f}M tokens, {tokens / sizes_of(run).params:.1f} a parameter"
-    setting = f"{what}, in {run.max_iters:,} steps of {run.batch_size} x {run.cfg.block_size}. "
-    setting += "Rates begin at the best of shorter runs; beside MHA's and MFA's others are tried."
     head = "## The paper's ratio of tokens to parameters"
-    return "\n\n".join(filter(None, [head, setting, *texts]))
+    rates = "Rates begin at the best of shorter runs at 30M; – is a rate that was not to be tried."
+    return "\n\n".join(filter(None, [head, rates, *texts]))
+
+
+def ratio_tables(results: Results, study: str) -> list[str]:
+    texts = []
+    for recipe, title in RECIPES.items():
+        arms = [arm for arm in STUDIES[study] if arm.startswith(recipe)]
+        if any(results.of(study, arm) for arm in arms):
+            pool = pooled_seeds(results, study, arms)
+            ours = [arm for arm in arms if STUDIES[study][arm].model["attn"] in ("mfa", "mfa_kr")]
+            texts += [f"{title}:", rates_table(results, study, arms), interval_text(pool)]
+            texts.append(against_others(results, study, ours, arms, pool=pool))
+    return texts
 
 
 # (study, arm) of the stacked one, arm of the other, size
@@ -827,7 +832,7 @@ class Cost(NamedTuple):
 def words_by_arm(results: Results, measured: dict) -> dict[StudyArm, Cost]:
     """measured: what words.read returns."""
     costs = {}
-    for study in ("ratio", "modern", "figure1"):
+    for study in (*RATIOS, "modern", "figure1"):
         for arm in STUDIES[study]:
             rows = [row for row in results.of(study, arm) if "weights" in row]
             sums = [row["weights"]["sha256"] for row in rows]
@@ -844,7 +849,8 @@ def title_of(study: str, arm: str) -> str:
     a = STUDIES[study][arm]
     cfg, batch_size, steps, _ = settings(study, arm)
     tokens = f"{batch_size * cfg.block_size * steps / 1e6:.0f}M tokens"
-    return f"{a.name}, {'AdamW' if a.optimizer == 'adamw' else 'Muon'}, {tokens}"
+    recipe, size = "AdamW" if a.optimizer == "adamw" else "Muon", a.size.partition(",")[0]
+    return f"{a.name}, {recipe}, {size}, {tokens}"
 
 
 def percent(shares: list[float]) -> str:
@@ -939,8 +945,9 @@ def words_plot(results: Results, measured: dict) -> Figure | None:
 
 def mha_beside(study: str, arm: str) -> str:
     """The MHA of the same study and recipe, with a norm if the arm has one."""
-    if study == "ratio":
-        return "muon_mha_norm" if arm.startswith("muon") else "adamw_mha"
+    if study in RATIOS:
+        recipe = arm.partition("_")[0]
+        return "adamw_mha" if recipe == "adamw" else f"{recipe}_mha_norm"
     model = STUDIES[study][arm].model
     norm = study == "modern" and (model.get("qk_norm") or model.get("latent_norm"))
     return "mha_norm" if norm else "mha"
@@ -1089,21 +1096,26 @@ PANELS = {
         "mfa_kr_half_norm": ("MFA-KR, inverse,\nhalf rotated, qk_norm", "above"),
         "mqa_16": ("MQA, 16 narrower heads", "right"),
     }),
-    "AdamW, the paper's 18.5 a parameter": ("ratio", {
-        "adamw_mha": ("MHA", "above"),
-        "adamw_mha_16": ("MHA, 16 heads", "below"),
-        "adamw_mqa": ("MQA", "left"),
-        "adamw_mfa": ("MFA", "right"),
-        "adamw_mfa_kr": ("MFA-KR, pre", "right"),
-    }),
-    "Muon and a norm, the paper's 18.5 a parameter": ("ratio", {
-        "muon_mha_norm": ("MHA", "above"),
-        "muon_gqa2_norm": ("GQA, 2 heads", "right"),
-        "muon_mla_deepseek": ("MLA, DeepSeek's", "below"),
-        "muon_mqa_norm": ("MQA", "right"),
-        "muon_mfa_norm": ("MFA", "left"),
-        f"muon_{BEST_KR}": (MODERN[BEST_KR].name.replace(", half", ",\nhalf"), "above"),
-    }),
+} | {
+    f"{recipe}, {size}, the paper's 18.5 a parameter": (study, labels)
+    for study, size in (("ratio", "30M"), ("ratio_7m", "7M"))
+    for recipe, labels in {
+        "AdamW": {
+            "adamw_mha": ("MHA", "above"),
+            **({"adamw_mha_16": ("MHA, 16 heads", "below")} if study == "ratio" else {}),
+            "adamw_mqa": ("MQA", "left"),
+            "adamw_mfa": ("MFA", "right"),
+            "adamw_mfa_kr": ("MFA-KR, pre", "right"),
+        },
+        "Muon and a norm": {
+            "muon_mha_norm": ("MHA", "above"),
+            "muon_gqa2_norm": ("GQA, 2 heads", "right"),
+            "muon_mla_deepseek": ("MLA, DeepSeek's", "below"),
+            "muon_mqa_norm": ("MQA", "right"),
+            "muon_mfa_norm": ("MFA", "left"),
+            f"muon_{BEST_KR}": (MODERN[BEST_KR].name.replace(", half", ",\nhalf"), "above"),
+        },
+    }.items()
 }  # fmt: skip
 
 

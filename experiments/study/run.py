@@ -12,8 +12,8 @@ Each run appends its line to the results as it ends, and is not trained again if
 so the queue goes on where it stopped. Most runs take a minute or two and leave no checkpoint. With
 --keep a run stops when the time is up and goes on in the next call, to the same weights bit for bit
 on a CPU; and its last weights stay in that folder, in bfloat16, for words.py. The text is pg-books,
-of the study "ratio" pg-books-large, which cannot be downloaded: --source or --data_dir says where
-it is. Any corpus of prepare_data.py can take its place.
+of the studies ratio and ratio_7m pg-books-large, which cannot be downloaded: --source or --data_dir
+says where it is. Any corpus of prepare_data.py can take its place.
 """
 
 import contextlib
@@ -99,7 +99,8 @@ class Args:
     """File of the results; default experiments/results/study.jsonl, with --smoke a new
     out/smoke.jsonl."""
     dataset: str = ""
-    """Corpus, with a BPE of 8,192 trained on it; default pg-books, of ratio pg-books-large."""
+    """Corpus, with a BPE of 8,192 trained on it; default pg-books, of the two ratios
+    pg-books-large."""
     source: str | None = None  # folder that holds the corpus' text, if it is not prepared yet
     data_dir: Path = DATA  # where prepared corpora are kept
     device: str = "auto"  # auto (all GPUs, if there are several), cpu, cuda:1, mps ...

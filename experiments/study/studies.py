@@ -25,7 +25,8 @@ from train import match_params
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study.jsonl"
 VOCAB = 8192  # of a BPE trained on the text
-TEXTS = {"ratio": "pg-books-large"}  # the corpus of a study; of the others pg-books
+RATIOS = ("ratio", "ratio_7m")  # studies at the paper's ratio of tokens to parameters
+TEXTS = dict.fromkeys(RATIOS, "pg-books-large")  # the corpus of a study; of the others pg-books
 
 # Width, depth, and tokens in proportion to the parameters (a small model gets a small batch, for
 # the sake of steps). lr is the middle of the grid at 30M; at other widths it goes with dim^-0.5.
@@ -57,6 +58,8 @@ SIZES = {
     # al. 2024: tokens^-0.32), so the middle of the grid stays; study "ratio" tries both sides.
     "30M, ratio": dict(**AT_30M, batch_size=64, max_iters=16_940, lr=1.4e-3),
     "30M, ratio, Muon": dict(**AT_30M, batch_size=64, max_iters=16_940, lr=3e-3),
+    "7M, ratio": dict(**AT_7M, batch_size=32, max_iters=7940, lr=2e-3),
+    "7M, ratio, Muon": dict(**AT_7M, batch_size=32, max_iters=7940, lr=4.2e-3),
 }
 SEEDS = (0, 1, 2)
 # Peak learning rates, as factors of the size's lr.
@@ -280,11 +283,26 @@ RATIO = {
     for arm, a in (*((arm, FIGURE1[arm]) for arm in ("mha", "mfa", "mqa", "mfa_kr")),
                    ("mha_16", WHY["mha_16"]))
 }  # fmt: skip
+# The same at 7M, where a run takes a tenth of the time, so that each arm has its rates and seeds;
+# and, to compare, its core on 2.2 tokens a parameter.
+RATIO_7M = {
+    f"{recipe}_{arm}": a._replace(
+        size=size, paper="", model=a.model | ({"latent_dim": 64} if arm == "mla_deepseek" else {})
+    )
+    for recipe, size, study, arms in (
+        ("muon", "7M, ratio, Muon", MODERN, RATIO_CORE),
+        ("adamw", "7M, ratio", FIGURE1, ("mha", "mfa", "mqa", "mfa_kr")),
+        ("short", "7M, Muon", MODERN, RATIO_CORE[:4]),
+    )
+    for arm, a in ((arm, study[arm]) for arm in arms)
+}
 ADAMW_STUDIES = dict(
     figure1=FIGURE1, table4=TABLE4, question_a=QUESTION_A, question_b=QUESTION_B, why=WHY,
     table3=TABLE3, table6=TABLE6, table5=TABLE5, length=LENGTH, figure3=FIGURE3,
 )  # fmt: skip
-STUDIES = dict(**ADAMW_STUDIES, modern=MODERN, ratio=RATIO, muon_heads=MUON_HEADS)
+STUDIES = dict(
+    **ADAMW_STUDIES, modern=MODERN, ratio=RATIO, ratio_7m=RATIO_7M, muon_heads=MUON_HEADS,
+)  # fmt: skip
 
 # What is trained first: the arms that the claims rest on, then Table 4, question A and the rest of
 # Figure 1, with all their seeds; one seed of everything; the other seeds. Then the modern recipe
@@ -294,6 +312,7 @@ STUDIES = dict(**ADAMW_STUDIES, modern=MODERN, ratio=RATIO, muon_heads=MUON_HEAD
 ROTATED = ("pre", "post", "inverse")
 AT_ONE_RATE = ("table6", "length", "question_a", "why", "figure3", "question_b")
 MUON_ARMS, ADAMW_ARMS = tuple(RATIO)[:6], tuple(RATIO)[6:]
+ADAMW_7M, SHORT_7M = tuple(RATIO_7M)[6:10], tuple(RATIO_7M)[10:]
 HEADS_30M = tuple(f"{arm}_30m" for arm in HEADS_CORE)
 HEADS_7M = tuple(arm for arm in MUON_HEADS if arm not in HEADS_30M)
 QUEUE = [
@@ -310,6 +329,14 @@ QUEUE = [
     ("modern", NORMED, MUON_GRID[2:], (0,)),  # a norm stands higher rates
     ("modern", MODERN_CORE, MUON_GRID, (0,)),
     ("modern", MODERN_CORE, BEST, SEEDS[:2]),
+    ("ratio_7m", MUON_ARMS, BEST, (0,)),
+    ("ratio_7m", MUON_ARMS[:4], MUON_GRID, (0,)),
+    ("ratio_7m", MUON_ARMS[:4], BEST, SEEDS[:2]),
+    ("ratio_7m", SHORT_7M, BEST, SEEDS[:2]),
+    ("ratio_7m", ADAMW_7M, BEST, (0,)),
+    ("ratio_7m", ADAMW_7M[:2], GRID, (0,)),
+    ("ratio_7m", MUON_ARMS, BEST, SEEDS[:2]),
+    ("ratio_7m", ADAMW_7M, BEST, SEEDS),
     ("ratio", MUON_ARMS, BEST, (0,)),
     ("ratio", ADAMW_ARMS[:4], BEST, (0,)),
     ("muon_heads", HEADS_30M, (1,), (0,)),
@@ -376,7 +403,7 @@ def queue(
     """Every run of a study, or of all, once, in order.
 
     done: the results, which say what rate is best; without them the middle one stands for it, in
-    study "ratio" the best one of the short runs. Of MUON_GRID only the best rate's neighbours are
+    RATIOS the best one of the short runs. Of MUON_GRID only the best rate's neighbours are
     tried.
     """
     done, seen = done or {}, set()
@@ -401,14 +428,14 @@ def best_so_far(study: str, arm: str, done: dict[Run, dict], toy: bool) -> float
     if tried := losses_by_rate(study, arm, done, toy):
         lower = [factor for factor in grid_of(study, arm) if factor < min(tried)]
         return max(lower, default=min(tried))
-    short = best_rate(*short_run_of(arm), done, toy) if study == "ratio" else None
+    short = best_rate(*short_run_of(arm), done, toy) if study in RATIOS else None
     return short or 1
 
 
 def short_run_of(arm: str) -> tuple[str, str]:
-    """Study and arm of the same model as one of RATIO's, on fewer tokens."""
+    """Study and arm of the same attention at 30M as one of RATIOS', on fewer tokens."""
     recipe, _, name = arm.partition("_")
-    if recipe == "muon":
+    if recipe != "adamw":
         return "modern", name
     return ("figure1" if name in FIGURE1 else "why"), name
 
