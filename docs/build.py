@@ -185,9 +185,17 @@ def html_table(head: list[str], rows: list[list[str]], name: str = "") -> str:
     return f'<div class="scroll"><table>{titles}<tbody{place}>{body}</tbody></table></div>'
 
 
-def perplexity(folder: Path, study: str = "figure1") -> str:
+# Of a study: the two that a sentence compares.
+COMPARED = {
+    "figure1": ("mha", "mfa"),
+    "modern": ("mha_norm", "mfa_norm"),
+    "ratio_7m": ("muon_mha_norm", "muon_mfa_norm"),
+}
+
+
+def perplexity(folder: Path, study: str = "figure1", recipe: str = "") -> str:
     """Figure 1 at our size: a strip per model, a dot per seed, large caches first."""
-    found = figures.arms(study, folder)
+    found = figures.arms(study, folder, recipe)
     every = [ppl for arm in found for ppl in arm.ppl]
     if not every:
         return missing(
@@ -211,18 +219,19 @@ def perplexity(folder: Path, study: str = "figure1") -> str:
         f"standard deviation. "
         f"{figures.setting(found[0].rows[0])}, {html.escape(' and '.join(devices))}."
     )
-    planned, by_name = figures.STUDIES[study], {arm.name: arm for arm in found if arm.ppl}
-    mha, mfa = (by_name.get(planned[arm].name) for arm in ("mha", "mfa"))
+    planned = {k: arm for k, arm in figures.STUDIES[study].items() if k.startswith(recipe)}
+    by_name = {arm.name: arm for arm in found if arm.ppl}
+    mha, mfa = (by_name.get(planned[arm].name) for arm in COMPARED[study])
     few = min(len(arm.ppl) for arm in found) < 3
     if mha and mfa and (len(found) < len(planned) or few):
         at, lower = (
-            f"MFA at {100 * mfa.share:.3g}% of its cache",
+            f"{mfa.name.partition(', C =')[0]} at {100 * mfa.share:.3g}% of its cache",
             statistics.mean(mha.ppl) < statistics.mean(mfa.ppl),
         )
         ahead, how = (
-            (f"on average MHA is better than {at}", "unlike")
+            (f"on average {mha.name} is better than {at}", "unlike")
             if lower
-            else (f"on average MHA is worse than {at}", "as")
+            else (f"on average {mha.name} is worse than {at}", "as")
         )
         so_far = f"{len(found)} of {len(planned)} models so far" + (
             ", not all with three rates and seeds" if few else ""
@@ -426,6 +435,7 @@ def values(folder: Path) -> dict[str, str]:
         "live": live(),
         "perplexity": perplexity(folder),
         "perplexity_muon": perplexity(folder, "modern"),
+        "perplexity_ratio": perplexity(folder, "ratio_7m", "muon"),
         "speed": speed(folder),
         "profile": profile(folder),
         "pre_torch": step_time(folder, "pre", "sdpa"),
@@ -433,6 +443,7 @@ def values(folder: Path) -> dict[str, str]:
         "post_kernel": step_time(folder, "post", "triton"),
         "largest_batch": largest_batch(folder),
         **training_and_prefill(folder),
+        **figures.recalled(folder),
     }
 
 

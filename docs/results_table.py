@@ -21,8 +21,9 @@ sys.path.append(str(ROOT))
 from experiments.bench import equal_time  # noqa: E402
 from experiments.bench.decoding import quickest  # noqa: E402
 from experiments.paper.tables import FIGURE1_MLA  # noqa: E402, F401 (the page asks for it)
-from experiments.study.plot import Results, outcome  # noqa: E402
-from experiments.study.studies import STUDIES, read_results, untrained  # noqa: E402
+from experiments.study import words  # noqa: E402
+from experiments.study.plot import Results, outcome, words_by_arm  # noqa: E402
+from experiments.study.studies import BEST_KR, STUDIES, read_results, untrained  # noqa: E402
 from experiments.study.studies import Arm as Planned  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
@@ -37,27 +38,36 @@ ORDER = ["mha", "gqa", "mqa", "mla", "mfa", "mfa_kr"]  # of the page's bars
 
 
 class Model(NamedTuple):
-    """A row of the README: a model, and the arms of the two recipes that trained it."""
+    """A row of the README: a model, and its arms in study "modern" and, of AdamW, in "figure1"."""
 
     name: str
-    muon: str | None  # of study "modern"
-    adamw: str | None  # of study "figure1"
+    norm: str | None  # Muon, with a norm on query and key, of MLA on its latent
+    plain: str | None  # Muon, without one
+    adamw: str | None
+
+    @property
+    def muon(self) -> str:
+        """What is shown at the top of its column."""
+        return self.norm or self.plain
 
     @property
     def planned(self) -> Planned:
-        return STUDIES["modern"][self.muon] if self.muon else STUDIES["figure1"][self.adamw]
+        return STUDIES["modern"][self.muon]
+
+    @property
+    def attn(self) -> str:
+        return self.planned.model["attn"]
 
 
 MODELS = [
-    Model("MHA", "mha", "mha"),
-    Model("MHA with a norm", "mha_norm", None),
-    Model("GQA", "gqa2", "gqa2"),
-    Model("MLA as DeepSeek-V2's", "mla_deepseek", "mla_deepseek"),
-    Model("MFA", "mfa", "mfa"),
-    Model("MQA", "mqa", "mqa"),
-    Model("MFA-KR, newer form", "mfa_kr_half_norm", None),
-    Model("MQA, 16 heads of d = 32", "mqa_16", None),
-    Model("MFA-KR, as in the paper", "mfa_kr", "mfa_kr"),
+    Model("MHA", "mha_norm", "mha", "mha"),
+    Model("GQA", "gqa2_norm", "gqa2", "gqa2"),
+    Model("MLA as DeepSeek-V2's", "mla_deepseek", None, "mla_deepseek"),
+    Model("MFA", "mfa_norm", "mfa", "mfa"),
+    Model("MQA", "mqa_norm", "mqa", "mqa"),
+    Model("MFA-KR, newer form", BEST_KR, "mfa_kr_half", None),
+    Model("MFA-KR, as in the paper", None, "mfa_kr", "mfa_kr"),
+    Model("MQA, 16 heads of d = 32", None, "mqa_16", None),
 ]
 
 
@@ -95,11 +105,25 @@ class Arm(NamedTuple):
         return outcome(self.rows)
 
 
-def arms(study: str, folder: Path = RESULTS) -> list[Arm]:
-    """The arms of a study that were trained, large caches first."""
+def arms(study: str, folder: Path = RESULTS, recipe: str = "") -> list[Arm]:
+    """The arms of a study, or of a recipe of one, that were trained, large caches first."""
     results = Results(read_results(folder / "study.jsonl"))
-    every = [Arm(a.name, results.of(study, arm)) for arm, a in STUDIES[study].items()]
+    planned = {arm: a.name for arm, a in STUDIES[study].items() if arm.startswith(recipe)}
+    every = [Arm(name, results.of(study, arm)) for arm, name in planned.items()]
     return sorted((arm for arm in every if arm.rows), key=lambda arm: -arm.share)
+
+
+def recalled(folder: Path) -> dict[str, str]:
+    """Loss on pairs of tokens that the context has had and that are rare in training, in nats."""
+    results = Results(read_results(folder / "study.jsonl"))
+    costs = words_by_arm(results, words.read(folder / words.RESULTS.name))
+    names = dict(mha="mha_norm", mfa="mfa_norm", kr=BEST_KR)
+    found = {}
+    for name, arm in names.items():
+        cost = costs.get(("ratio_7m", f"muon_{arm}"))
+        losses = [each["rare"][1] for each in cost.recall if each["rare"][0]] if cost else []
+        found[f"rare_{name}"] = f"{statistics.mean(losses):.1f}" if losses else MISSING
+    return found
 
 
 def setting(row: dict) -> str:
@@ -136,15 +160,16 @@ class Measured:
         rows = self.results.of(study, arm) if arm else []
         return Arm(STUDIES[study][arm].name, rows) if rows else None
 
-    def arms(self, model: Model) -> tuple[Arm | None, Arm | None]:
-        """By Muon and by AdamW."""
-        return self.arm("modern", model.muon), self.arm("figure1", model.adamw)
+    def arms(self, model: Model) -> list[Arm | None]:
+        """By Muon with a norm and without, and by AdamW."""
+        muon = [self.arm("modern", arm) for arm in (model.norm, model.plain)]
+        return [*muon, self.arm("figure1", model.adamw)]
 
     def ppl(self, muon: str) -> str:
         arm = self.arm("modern", muon)
         return f"{statistics.mean(arm.ppl):.1f}" if arm and arm.ppl else MISSING
 
-    def rate(self, muon: str | None) -> str:
+    def rate(self, muon: str) -> str:
         """The peak rate that was best for Muon, and whether there was another."""
         arm = self.arm("modern", muon)
         if not arm:
@@ -164,13 +189,23 @@ class Measured:
         same = row and row["counts_bytes"] == arm.share * whole
         return f"{row['tokens_per_s']:,.0f}" if same else "–"
 
-    def training(self, arm: Arm) -> str:
+    def of_mha(self, attn: str) -> str:
+        """How many times as many tokens/s as MHA an attention decodes at PRESET's shape."""
+        mode = dict(mla="joint", mfa_kr="inverse").get(attn, "")
+        ours, mha = speeds(self.decode, attn).get(mode), speeds(self.decode, "mha").get("")
+        return f"{ours['tokens_per_s'] / mha['tokens_per_s']:.1f}" if ours and mha else MISSING
+
+    def training(self, arms: list[Arm]) -> str:
         """Speed beside MHA's at PRESET's shape, where such a model of this share was measured."""
         names = "attn", "q_rank", "qk_norm", "key_reuse_rope"
-        wanted = arm.share, *(arm.rows[0]["config"][name] for name in names)
+        configs = [Config(**arm.rows[0]["config"]) for arm in arms]
+        wanted = [
+            (arm.share, *(getattr(cfg, name) for name in names))
+            for arm, cfg in zip(arms, configs, strict=True)
+        ]
         for (shape, what, _), row in self.times.items():
             found = cache_share(Config(**row["config"])), *(row["config"][name] for name in names)
-            if (shape, what) == (SHAPE, "train") and found == wanted:
+            if (shape, what) == (SHAPE, "train") and found in wanted:
                 return f"{row['of_mha']:.2f}"
         return "–"
 
@@ -188,9 +223,9 @@ def table(folder: Path = RESULTS) -> str:
     """The README's results, one model a row, with the conditions below them, in Markdown."""
     measured = Measured(folder)
     head = ["", "flags of `train.py`", "cache"]
-    head += ["perplexity, Muon", "at rate", "perplexity, AdamW"]
+    head += ["perplexity, Muon", "at rate", "without the norm", "AdamW, without"]
     head += ["tokens/s, 1B", "training, MHA = 1"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     found = []
     for model in MODELS:
         arms = measured.arms(model)
@@ -199,7 +234,7 @@ def table(folder: Path = RESULTS) -> str:
         cells = [str(arm) if arm else "–" for arm in arms]
         cells.insert(1, measured.rate(model.muon))
         size = f"{100 * made[0].share:.4g}%" if made else MISSING
-        speeds = [measured.speed(made[0]), measured.training(made[0])] if made else [MISSING] * 2
+        speeds = [measured.speed(made[0]), measured.training(made)] if made else [MISSING] * 2
         words = [model.name, flags(model.planned), size, *cells, *speeds]
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join([*lines, "", *conditions(found, measured)])
@@ -213,9 +248,12 @@ def conditions(found: list[Arm], measured: Measured) -> list[str]:
         study += " AdamW and two with Muon, else one seed"
         heads = "MHA has 8 heads of d = 64 here, so MQA keeps an eighth; with 16 heads, as in the"
         heads += " drawing and in the paper's 1B, a sixteenth"
-        heads += ". The flags are for that shape, at dim 512; for Muon add `--optimizer muon` and"
-        heads += " the `--learning_rate`, the best of two to four where it does not say only."
-        heads += " DeepSeek's MLA begins with DeepSeek's init, too, for which there is no flag"
+        heads += ". The flags are for that shape, at dim 512; add `--optimizer muon` and the"
+        heads += " `--learning_rate`, the best of two to four where it does not say only."
+        heads += (
+            " DeepSeek's MLA has a norm on its latent, with AdamW too, and begins with DeepSeek's"
+        )
+        heads += " init, for which there is no flag"
         cache = "The cache is a share of MHA's"
         lines.append(f"Perplexity: {study}. {cache}. {heads}.")
     decode = measured.decode
@@ -225,7 +263,8 @@ def conditions(found: list[Arm], measured: Measured) -> list[str]:
         cell = f"random weights, batch {BATCH}, context {CONTEXT:,}, one {decode['device']}"
         text = f"Tokens/s: {shape}; {cell}."
         if ours := measured.times.get((SHAPE, "train", "mfa")):
-            text += f" Training: steps a second at 1B beside MHA's, context {ours['context']:,}."
+            text += f" Training: steps a second at 1B beside MHA's, context {ours['context']:,},"
+            text += " without a norm but for the newer form."
         lines.append(text)
     return lines
 
@@ -233,47 +272,38 @@ def conditions(found: list[Arm], measured: Measured) -> list[str]:
 def advice(folder: Path = RESULTS) -> str:
     """Which attention for which cache. tests/test_docs.py holds the sentences to the results."""
     measured = Measured(folder)
-    mla = speeds(measured.decode, "mla").get("joint")
-    slower = f" ({mla['tokens_per_s']:,.0f} tokens/s)" if mla else ""
-    plain, mla_ppl = measured.ppl("mha"), measured.ppl("mla_deepseek")
-    deepseek = measured.arm("modern", "mla_deepseek")
-    mla_share = f"{deepseek.share:.1%}" if deepseek else MISSING
-    mqa, narrow = measured.ppl("mqa"), measured.ppl("mqa_16")
+    mqa, mla = MODELS[4], MODELS[2]
+    slower, ppl = measured.of_mha(mla.attn), measured.ppl
+    deepseek = measured.arm("modern", mla.norm)
+    share = f"{deepseek.share:.1%}" if deepseek else MISSING
     rows = [
-        (
-            "all of it",
-            "MHA",
-            "mha_norm",
-            f"Nothing here is better, whatever its cache. Without the norm: {plain}.",
-        ),
-        (
-            "a quarter",
-            "GQA, 2 of 8 heads",
-            "gqa2",
-            "Only if your server runs nothing else, or if training is what you pay for. With AdamW "
-            "it may be better than MFA, with Muon it is not, at twice the cache.",
-        ),
+        ("all of it", "MHA", MODELS[0], "Nothing here is better."),
+        ("a quarter", "GQA, 2 of 8 heads", MODELS[1], "The simplest way to save."),
         (
             "an eighth",
             "**MFA**",
-            "mfa",
-            f"Better than MQA ({mqa}), as good as MHA without the norm (at 7M worse). DeepSeek's "
-            f"MLA ({mla_ppl}) may be better, but keeps {mla_share} and decodes slower{slower}.",
+            MODELS[3],
+            f"Better than MQA with as much ({ppl(mqa.norm)}), as good as DeepSeek's MLA with "
+            f"{share} ({ppl(mla.norm)}), which decodes {slower} times as fast as MHA.",
         ),
         (
             "a sixteenth",
             "**MFA-KR**, newer form",
-            "mfa_kr_half_norm",
-            f"Much better than MQA with a sixteenth ({narrow}), and better than MQA with an eighth "
-            f"({mqa}), neither of which has a norm here.",
+            MODELS[5],
+            f"Better than MQA with an eighth and no norm ({ppl(mqa.plain)}). With a sixteenth and "
+            f"no norm, MQA has {ppl(MODELS[7].plain)}.",
         ),
     ]
-    head = "| your cache, of MHA's | take | with `--optimizer muon` and, at dim 512, | "
-    head += "perplexity, 30M | |"
-    lines = [head, "|---|---|---|---:|---|"]
-    for budget, take, arm, why in rows:
-        how = flags(STUDIES["modern"][arm])
-        lines.append(f"| {budget} | {take} | {how} | {measured.ppl(arm)} | {why} |")
+    rates = {measured.rate(model.muon) for _, _, model, _ in rows}
+    rate = f" --learning_rate {rates.pop()}" if len(rates) == 1 and "–" not in rates else ""
+    head = f"| your cache, of MHA's | take | with `--optimizer muon{rate}` and, at dim 512, "
+    head += "| perplexity, 30M | decodes 1B, MHA = 1 | trains | |"
+    lines = [head, "|---|---|---|---:|---:|---:|---|"]
+    for budget, take, model, why in rows:
+        arms = [arm for arm in measured.arms(model) if arm]
+        speeds = measured.of_mha(model.attn), measured.training(arms) if arms else MISSING
+        cells = [budget, take, flags(model.planned), ppl(model.muon), *speeds, why]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -514,12 +514,17 @@ plt.xticks((0, 1), ("AdamW", "Muon")), plt.xlim(-0.1, 1.9), plt.ylabel("validati
 if mean:  # the gains beside the range with AdamW, and what passes GQA
     assert min(a - b for a, b in mean.values()) > mean["mfa_kr"][0] - mean["mfa_half"][0]
     assert all(mean[arm][0] > mean["gqa2"][0] and mean[arm][1] < mean["gqa2"][1] for arm in ("mfa", "mla_joint"))
+normed = [muon.get(arm) for arm in ("mha_norm", "gqa2_norm", "mfa_norm", "mfa_kr_half_norm")]
+if all(normed):  # all of MHA's cache, a quarter, an eighth, a sixteenth
+    losses = [statistics.mean(row["val_loss"] for row in found) for found in normed]
+    assert losses == sorted(losses)
 plt.show()
 
 # %% [markdown]
 # Muon gains every attention more than lies between the best and MFA-KR with AdamW, and the lines cross: the models made of
-# products of matrices, MLA and MFA, pass GQA and MQA. *Caveat:* as long as a row of Muon has no ±, it is one seed, of some at
-# one rate.
+# products of matrices, MLA and MFA, pass GQA and MQA. A norm on query and key (`qk_norm`) makes them cross back: it gains MHA
+# and GQA twice as much as MFA, and then quality follows the cache. *Caveat:* as long as a row of Muon has no ±, it is one seed,
+# of some at one rate.
 #
 # The remaining comparisons, in one table: those behind Tables 3 to 6, the reading of the rotated key (`question_a`, notebook
 # 05), the init at two larger widths (`question_b`, the trap above), and what MFA's distance from MHA depends on (`why`). A

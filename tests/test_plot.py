@@ -116,71 +116,69 @@ def test_what_the_findings_say_is_in_the_results():
         return statistics.mean(row["ppl"] for row in results.of(study, arm, factor))
 
     adamw = {arm: ppl("figure1", arm) for arm in FIGURE1}
-    muon = {arm: ppl("modern", arm) for arm in studies.MODERN if results.of("modern", arm)}
-    assert f"Muon takes MHA from {adamw['mha']:.1f} to {muon['mha']:.1f}" in text
-    assert f"MFA with C = 2d is as good as MHA ({adamw['mfa_2d']:.1f})" in text
-    assert f"GQA with 2 of 8 heads slightly worse ({adamw['gqa2']:.1f})" in text
-    assert f"With Muon, GQA costs {muon['gqa2'] - muon['mha']:.1f}, neither with a norm." in text
-    assert f"With Muon it is {muon['mqa'] - muon['mfa']:.1f} better than MQA with the same cache, better than GQA with" in text
-    assert f"twice as much ({muon['gqa2']:.1f}), and as good as MHA" in text
-    assert muon["mfa"] < muon["gqa2"] and abs(muon["mfa"] - muon["mha"]) < 0.2
-    pool = plot.pooled_seeds(results, "modern", studies.MODERN)
-    of_mfa = [row["val_loss"] for row in results.of("modern", "mfa")]
-    gqa, mha, deepseek = (
-        plot.difference(of_mfa, [row["val_loss"] for row in results.of("modern", arm)], pool)[0] for arm in ("gqa2", "mha", "mla_deepseek")
-    )
-    half = pool.half_interval(2, 2)
-    assert gqa > half and max(abs(mha), abs(deepseek)) < half  # better than GQA; the others cannot be told from it
-    assert f"MFA is as good as MHA ({adamw['mfa_half']:.1f})" in text
+    muon = {arm: ppl("modern", arm) for arm in studies.MODERN}
+    narrow, reused = ppl("why", "mqa_16", 1), adamw["mfa_kr"]
     middle = {arm: ppl("modern", arm, 1) for arm in muon}
-    losses = {arm: [row["val_loss"] for row in results.of("modern", arm)] for arm in ("mha", "mha_norm", "mfa_kr_half_norm", "mqa")}
-    reused = statistics.mean(losses["mfa_kr_half_norm"])
-    assert f"better than MQA with an eighth ({muon['mfa_kr_half_norm']:.1f} and {muon['mqa']:.1f})" in text
-    assert plot.difference(losses["mfa_kr_half_norm"], losses["mqa"], pool)[0] > half
-    assert "MQA with it is ahead at 3e-3, its one rate." in text and middle["mqa_norm"] < middle["mfa_kr_half_norm"]
-    assert len(results.losses_by_rate("modern", "mqa_norm")) == 1
-    far, farther = (reused - statistics.mean(losses[arm]) for arm in ("mha", "mha_norm"))
-    assert f"and {far:.3f} nats from MHA, neither of which has the norm; from MHA with it, {farther:.3f} (the paper: {math.log(6.45 / 6.41):.3f})" in text
-    assert abs(muon["mla_joint"] - muon["mfa"]) < 0.2 and muon["mla_deepseek"] < muon["mfa"]
+    pool = plot.pooled_seeds(results, "modern", studies.MODERN)
+    half = pool.half_interval(2, 2)
+
+    def further(one, other):
+        """By how much the loss of other is higher."""
+        return plot.difference(*([row["val_loss"] for row in results.of("modern", arm)] for arm in (one, other)), pool)[0]
+
+    assert f"Muon takes MHA from {adamw['mha']:.1f} to {muon['mha']:.1f}, a norm on query and key (`--qk_norm`) to {muon['mha_norm']:.1f}, the best here." in text
+    assert muon["mha_norm"] == min(muon.values())
+    advised = [muon[arm] for arm in ("mha_norm", "gqa2_norm", "mfa_norm", "mfa_kr_half_norm")]
+    assert advised == sorted(advised)
+    assert "MHA {:.1f}, GQA with a quarter {:.1f}, MFA with an eighth {:.1f}, MFA-KR with a sixteenth {:.1f}.".format(*advised) in text
+    ours = further("mha_norm", "mfa_norm"), further("mha_norm", "mfa_kr_half_norm")
+    assert f"MFA-KR {math.log(6.45 / 6.41):.3f} nats worse; here they are {ours[0]:.3f} and {ours[1]:.3f} worse." in text
+    less, nats = muon["mqa_norm"] - muon["mfa_norm"], further("mfa_norm", "mqa_norm")
+    assert f"{less:.1f} better than MQA with as much ({nats:.3f} nats, as wide as its interval)" in text and f"{half:.3f}" == f"{nats:.3f}"
     deepseek = plot.spread([row["ppl"] for row in results.of("modern", "mla_deepseek")], 1)
-    assert f"and its own init, is at {deepseek}, which may be better" in text
-    tried = {arm: results.losses_by_rate("modern", arm) for arm in muon if len(results.of("modern", arm)) == 2}
-    assert len(tried) == 8 and all(by.keys() >= set(studies.MUON_GRID[:3]) for by in tried.values())
+    assert f"as DeepSeek's MLA with more ({deepseek})" in text and abs(further("mfa_norm", "mla_deepseek")) < half
+    without = "Without it MFA ({mfa:.1f}) is as good as MHA ({mha:.1f}) and better than MQA ({mqa:.1f}) and GQA ({gqa2:.1f})"
+    assert without.format(**muon) in text
+    assert abs(further("mfa", "mha")) < half < min(further("mfa", "mqa"), further("mfa", "gqa2"))
+    gains = {arm: muon[arm] - muon[f"{arm}_norm"] for arm in ("mha", "gqa2", "mqa", "mfa")}
+    of_mfa = gains.pop("mfa")
+    assert f"the norm gains those {min(gains.values()):.1f} to {max(gains.values()):.1f}, and MFA {of_mfa:.1f}." in text
+    assert abs(adamw["mfa"] - adamw["mqa"]) < 0.2 and len(mlas := [arm for arm in FIGURE1 if arm.startswith("mla")]) == 5
+    assert all(adamw[arm] > adamw["mqa"] - 0.05 for arm in mlas)
+    assert f"better than MQA with an eighth and no norm ({muon['mqa']:.1f}), worse than MQA with one ({muon['mqa_norm']:.1f})" in text
+    assert further("mfa_kr_half_norm", "mqa") > half and further("mqa_norm", "mfa_kr_half_norm") > half
+    assert f"as good as the paper's MFA-KR ({narrow:.1f} and {reused:.1f}), with Muon worse ({muon['mqa_16']:.1f})" in text
+    assert abs(narrow - reused) < 0.3
+    at_3e_3 = "newer form {mfa_kr_half_norm:.1f}, paper's {mfa_kr:.1f}; DeepSeek-V4's core "
+    at_3e_3 += "{mfa_kr_v4:.1f}; turned back alone {mfa_kr_inverse:.1f}, half rotated too {mfa_kr_half:.1f}."
+    assert at_3e_3.format(**middle) in text
     of_first = {arm: {factor: run_for("modern", arm, factor, 0) for factor in studies.MUON_GRID} for arm in muon}
     of_first = {arm: {f: results.done[run]["val_loss"] for f, run in runs.items() if run in results.done} for arm, runs in of_first.items()}
-    assert math.exp(of_first["mla_joint"][3 / 2]) == pytest.approx(44.2, abs=0.05)
+    normed = [of_first[arm] for arm in muon if studies.MODERN[arm].model.get("qk_norm") and len(results.of("modern", arm)) == 2]
+    assert len(normed) == 5 and all(max(losses) == 9 / 4 == min(losses, key=losses.get) for losses in normed)
+    edge = [losses[3 / 2] - losses[9 / 4] for losses in normed]
     lost = [of_first[arm][9 / 4] - of_first[arm][3 / 2] for arm in ("mfa", "mqa", "gqa2")]
-    assert f"without one lose {min(lost):.2f} to {max(lost):.2f} nats" in text
-    gained = {arm: math.exp(of_first[arm][1]) - math.exp(of_first[f"{arm}_norm"][1]) for arm in ("mfa", "mqa")}
-    assert f"it gives MQA {gained['mqa']:.1f} and MFA nothing" in text and abs(gained["mfa"]) < 0.05
-    edge = [of_first[arm][3 / 2] - of_first[arm][9 / 4] for arm in ("mha_norm", "mfa_kr_half_norm")]
-    assert f"are best at 6.75e-3, by {edge[0]:.3f} and {edge[1]:.3f}, DeepSeek's MLA at 2e-3." in text
-    assert results.of("modern", "mla_deepseek")[0]["lr"] == 2e-3
-    assert all(adamw[arm] > adamw["mqa"] - 0.05 for arm in FIGURE1 if arm.startswith("mla"))
-    narrow, reused = ppl("why", "mqa_16", 1), adamw["mfa_kr"]
-    assert f"With AdamW it is as good as the paper's MFA-KR ({narrow:.1f} and {reused:.1f})" in text and abs(narrow - reused) < 0.3
-    assert f"as the paper has ({ppl('why', 'mha_16'):.1f}), MFA at an eighth is nearly as good" in text
-    assert adamw["mha"] - muon["mha"] > max(adamw.values()) - min(adamw.values())  # Muon gains more
-    assert f"with Muon much worse ({muon['mqa_16']:.1f})" in text
+    assert f"by {min(edge):.3f} to {max(edge):.3f} nats. Without it MFA, MQA and GQA lose {min(lost):.2f} to {max(lost):.2f} there." in text
+    tried = {arm: results.losses_by_rate("modern", arm) for arm in muon if len(results.of("modern", arm)) == 2}
+    assert len(tried) == 11 and "eleven attentions at" in text and all(len(by) >= 3 for by in tried.values())
+    assert results.of("modern", "mla_deepseek")[0]["lr"] == 2e-3 and "DeepSeek's MLA is best at 2e-3." in text
+    assert abs(adamw["mfa_half"] - adamw["mha"]) < 0.1 and f"it takes MFA to MHA's {adamw['mha']:.1f}. So does C = 2d" in text
+    assert abs(adamw["mfa_2d"] - adamw["mha"]) < 0.1 and f"where GQA is slightly worse ({adamw['gqa2']:.1f})" in text
+    assert "With Muon the wider query brings nothing ({mfa_half:.1f}, without {mfa:.1f}; 3e-3, one seed)".format(**middle) in text
+    assert f"nor does Step-3's norm on the latents with it ({middle['mfa_step3']:.1f})" in text
+    assert middle["mfa"] < min(middle["mfa_half"], middle["mfa_step3"])
     base, newer = (results.trained("modern", arm) for arm in ("mha", "mfa_kr_half_norm"))
     by_place = [{p: statistics.mean(dict(row["by_position"])[p] for row in rows) for p in (32, 64, 128, 256)} for rows in (base, newer)]
     gaps = [by_place[1][p] - by_place[0][p] for p in by_place[0]]
     assert f"the newer form's distance stays at {min(gaps):.3f} to {max(gaps):.3f}." in text
     scaled = {size: ppl("figure3", f"mfa_half_{size}") / ppl("figure3", f"mha_{size}") for size in ("2m", "60m")}
     assert f"{-math.log(scaled['2m']):.3f} nats better than MHA to {math.log(scaled['60m']):.3f} worse (one seed at 60M)" in text
-    at_3e_3 = "newer form {mfa_kr_half_norm:.1f}, paper's {mfa_kr:.1f}; DeepSeek-V4's core "
-    at_3e_3 += "{mfa_kr_v4:.1f}; turned back alone {mfa_kr_inverse:.1f}, half rotated too {mfa_kr_half:.1f}."
-    assert at_3e_3.format(**middle) in text
-    assert f"takes MHA from {muon['mha']:.1f} to {muon['mha_norm']:.1f}** with Muon, the best here" in text
-    assert muon["mha_norm"] == min(muon.values())
-    assert f"wider query does not help MFA ({middle['mfa_step3']:.1f})" in text and middle["mfa"] < middle["mfa_step3"]
-    assert "With Muon it brings nothing ({mfa_half:.1f}, without {mfa:.1f}; 3e-3, one seed)".format(**middle) in text
-    assert middle["mfa"] < middle["mfa_half"]
     reused = [ppl("question_a", arm, 10 / 7) for arm in ("pre", "inverse", "post")]
     assert reused == sorted(reused) and f"(`pre`) are best, {reused[0]:.1f}" in text and f"clearly worse, {reused[2]:.1f}" in text
     gate, plain = ppl("table4", "gated"), ppl("table4", "vanilla")
-    assert f"better than the plain key,** {gate:.1f} against {plain:.1f}" in text
-    assert f"Whether its gate is ({ppl('table4', 'residual'):.1f} without) is open." in text
+    assert f"better than the plain key, {gate:.1f} against {plain:.1f}" in text
+    assert f"whether its gate is ({ppl('table4', 'residual'):.1f} without) is open." in text
+    assert f"as the paper has ({ppl('why', 'mha_16'):.1f}), MFA at an eighth is nearly as good" in text
     plain, wide, factored = (ppl("table3", arm) for arm in ("plain", "wide", "factored"))
     assert f"better by {plain - wide:.1f}, as in" in text and round((plain - wide) / (plain - factored)) == 5
     one, restored = ppl("table6", "single_value"), ppl("table6", "compressed_value")
@@ -203,6 +201,50 @@ def test_what_the_findings_say_is_in_the_results():
     for study in ("table3", "table4", "table5", "table6"):
         pairs = re.search(r"(\d+ of \d+) pairs", plot.order(results, study))[1]
         assert re.search(rf"{pairs} (pairs )?of Table {study[-1]}", text)
+
+
+def test_what_is_said_of_the_papers_ratio_and_of_recall_is_in_the_results():
+    text = " ".join((ROOT / "experiments" / "README.md").read_text(encoding="utf-8").split())
+    rows = read_results(studies.RESULTS)
+    results = plot.Results(rows)
+    arms = ("mha_norm", "gqa2_norm", "mla_deepseek", "mfa_norm", "mqa_norm", "mfa_kr_half_norm")
+    ppl = {arm: statistics.mean(row["ppl"] for row in results.trained("ratio_7m", f"muon_{arm}")) for arm in arms}
+    names = "MHA {:.1f}, GQA {:.1f}, MLA {:.1f}, MFA {:.1f}, MQA {:.1f}, MFA-KR {:.1f}."
+    assert names.format(*ppl.values()) in text and [*ppl.values()] == sorted(ppl.values())
+
+    def behind(recipe, arm):
+        loss = [statistics.mean(row["val_loss"] for row in results.trained("ratio_7m", f"{recipe}_{a}")) for a in ("mha_norm", arm)]
+        return loss[1] - loss[0]
+
+    of = {arm: [behind(recipe, arm) for recipe in ("short", "muon")] for arm in ("mfa_norm", "mqa_norm", "mfa_kr_half_norm")}
+    assert [*of] == sorted(of, key=lambda arm: of[arm][0]) == sorted(of, key=lambda arm: of[arm][1])  # the order stays
+    assert all(0.35 < late / early < 0.6 for early, late in of.values())  # half as large
+    assert "MFA is {:.3f} nats behind MHA, at 18.5 {:.3f}; MFA-KR {:.3f}, then {:.3f}.".format(*of["mfa_norm"], *of["mfa_kr_half_norm"]) in text
+    broken = [row for row in rows if studies.untrained(row)]
+    assert len(broken) == 1 and broken[0]["arm"] == "muon_mha_norm" and not broken[0]["diverged"]
+    rose = broken[0]["curve"][-1][1] - broken[0]["curve"][-2][1]
+    assert f"it rose by {rose:.2f} in its last eighth" in text and f"as no other of {len(rows)} runs does" in text
+    late = [row["curve"][-1][1] - row["curve"][-2][1] for row in rows if row not in broken and row["curve"]]
+    assert max(late) < 0.01
+
+    costs = plot.words_by_arm(results, plot.words.read(plot.words.RESULTS))
+    shares = [[100 * plot.words.mean_of(found) for found in costs["ratio_7m", f"muon_{arm}"].blimp] for arm in arms]
+    every = sum(shares, [])
+    assert f"BLiMP is at {min(every):.0f}% to {max(every):.0f}% for all" in text
+    assert f"seeds lie up to {max(max(of) - min(of) for of in shares):.1f} apart" in text
+
+    def loss(recipe, arm, part):
+        return statistics.mean(found[part][1] for found in costs["ratio_7m", f"{recipe}_{arm}"].recall)
+
+    rare = [loss("muon", arm, "rare") for arm in ("mha_norm", "gqa2_norm", "mfa_norm", "mqa_norm", "mla_deepseek", "mfa_kr_half_norm")]
+    assert "costs MHA {:.1f} nats, GQA {:.1f}, MFA {:.1f}, MQA {:.1f}, MLA {:.1f}, MFA-KR {:.1f}.".format(*rare) in text
+    mha, *others = (loss("short", arm, "rare") for arm in ("mha_norm", "mfa_norm", "mqa_norm", "mfa_kr_half_norm"))
+    assert f"it costs MHA {mha:.1f}, the others {min(others):.1f} to {max(others):.1f}" in text
+    found = costs["ratio_7m", "muon_mfa_norm"].recall[0]
+    n = {part: found[part][0] for part in ("new", "seen")}
+    lost = {part: n[part] * (loss("muon", "mfa_norm", part) - loss("muon", "mha_norm", part)) for part in n}
+    assert n["new"] / sum(n.values()) > 0.85 and lost["new"] / sum(lost.values()) == pytest.approx(0.75, abs=0.05)
+    assert f"({lost['new'] / n['new']:.2f} nats a token)" in text
 
 
 def test_what_is_said_of_muon_by_heads_of_conversion_and_of_several_gpus_is_in_the_results():
@@ -265,7 +307,7 @@ def test_what_is_said_of_training_and_prefill_is_in_the_results():
     free = [row["of_mha"] for (shape, _, arm), row in rows.items() if arm in ("mqa", "gqa2") and shape != "30M"]
     assert min(free) > 0.97  # they train as fast as MHA
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"and {of['1B', 'train']:.2f} of MHA's training speed at 1B ({of[long, 'train']:.2f} at a context of 8,192)" in readme
+    assert f"at 1B, trains at {of['1B', 'train']:.2f} of MHA's speed ({of[long, 'train']:.2f} at a context of 8,192)" in readme
 
 
 def test_order_names_the_pairs_that_differ():
@@ -448,7 +490,8 @@ def test_words_stand_beside_the_cache():
     assert ngram == "| n-gram, published | – | – | – | 61.2 | – | – | – |"
     assert "| island effects, 2 paradigms | 62.5 ± 3.5 | 70.0 |" in text
     assert "| MHA, qk_norm, Muon, 30M, 555M tokens | 3.5000 | 2.5000 |" in text and "| 1 | 2 to 3 |" in text
-    _, right = plot.words_plot(results, measured).axes
+    _, rare, right = plot.words_plot(results, measured).axes
+    assert [[*line.get_ydata()] for line in rare.lines] == [[4, 5], [6]]
     assert [[*line.get_ydata()] for line in right.lines] == [[0, 0], [1.5, 1.5]]
 
 

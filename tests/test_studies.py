@@ -157,7 +157,7 @@ def test_seeds_come_after_the_rates_and_at_the_best_of_them():
     arms, core = list(studies.MODERN), studies.MODERN_CORE
     others = [arm for arm in arms if arm not in core]
     before = list(queue("modern"))
-    low, middle, high, highest = studies.MUON_GRID
+    low, middle, high, highest, _ = studies.MUON_GRID
     plan = [(arm, middle, 0) for arm in arms]
     plan += [(arm, high, 0) for arm in studies.NORMED]  # a norm stands higher rates
     rates = {arm: (low,) if arm in studies.NORMED else (low, high) for arm in core}
@@ -238,4 +238,5 @@ def test_a_run_that_ends_where_it_began_did_not_train():
         return dict(curve=[[i, loss] for i, loss in enumerate(losses)], diverged=diverged)
 
     assert studies.untrained(curve(4.7, 3.7, 4.7)) and studies.untrained(curve(4.7, diverged=True))
+    assert studies.untrained(curve(4.7, 3.6, 3.7)) and not studies.untrained(curve(4.7, 3.6, 3.61))
     assert not studies.untrained(curve(4.7, 4.6)) and not studies.untrained(curve(4.7))

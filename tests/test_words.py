@@ -152,7 +152,8 @@ def test_kept_weights_and_checkpoints_of_train_are_measured_once(
     assert {"command", "commit", "device", "versions", "date"} <= recall.keys()
     assert "BLiMP" in capsys.readouterr().out
     before = results.read_bytes()
-    assert call("--checkpoint", kept, *flags) == 0 and results.read_bytes() == before
+    for path in (kept, tmp_path):  # a folder: the .pt files in it
+        assert call("--checkpoint", path, *flags) == 0 and results.read_bytes() == before
     out = tmp_path / "run"
     train(small(data, out, max_iters=2))
     assert call("--checkpoint", kept, out / "best.pt", *flags) == 0
@@ -179,3 +180,6 @@ def test_bad_input(folder, data, tmp_path, blimp_file, capsys):
         assert says in error and error.startswith("error: ") and error.count("\n") == 1
     assert call("--checkpoint", tmp_path / "gone.pt", results, "--blimp", blimp_file) == 2
     assert "gone.pt is not there" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    assert call("--checkpoint", tmp_path / "folder", results, "--blimp", blimp_file) == 2
+    assert "folder: has no .pt file" in capsys.readouterr().err

@@ -375,14 +375,13 @@ def interval_text(pool: Pooled | None) -> str:
 
 
 def modern_part(results: Results) -> str:
-    """Arms with a grid of rates at their best; all at one rate."""
+    """All rates, and how far apart the arms with a grid of them are, each at its best."""
     pool = pooled_seeds(results, "modern", MODERN)
     tried = [arm for arm in MODERN if len(results.losses_by_rate("modern", arm)) >= len(GRID)]
-    best = against_others(results, "modern", ("mfa", BEST_KR), tried, pool=pool)
-    same = against_others(results, "modern", ("mfa", BEST_KR), MODERN, factor=1, pool=pool)
-    at = f"All at {rates_of(results, 'modern', 'mfa', [1])[0]}, most of them one seed:"
+    ours = ("mfa_norm", "mfa", BEST_KR)
     texts = [rates_table(results, "modern", MODERN), interval_text(pool)]
-    texts += ["Each at its best of three or four rates:", best, at, same]
+    texts += ["Each at its best of three or more rates:"]
+    texts.append(against_others(results, "modern", ours, tried, pool=pool))
     return "\n\n".join(filter(None, texts))
 
 
@@ -834,7 +833,7 @@ def words_by_arm(results: Results, measured: dict) -> dict[StudyArm, Cost]:
     costs = {}
     for study in (*RATIOS, "modern", "figure1"):
         for arm in STUDIES[study]:
-            rows = [row for row in results.of(study, arm) if "weights" in row]
+            rows = [row for row in results.trained(study, arm) if "weights" in row]
             sums = [row["weights"]["sha256"] for row in rows]
             found = [
                 [measured[sha256, what]["found"] for sha256 in sums if (sha256, what) in measured]
@@ -902,26 +901,33 @@ def words_part(results: Results, measured: dict) -> str:
 
 
 def recall_by_distance(found: list[dict]) -> dict[int, float]:
-    """{d: mean loss, over the seeds, on pairs seen d to 2 d - 1 tokens ago}."""
-    by = [{d: loss for d, _, loss, *_ in each["distance"]} for each in found]
+    """{d: mean loss, over the seeds, on pairs seen d to 2 d - 1 tokens ago}, where there are more
+    than a thousandth of all."""
+    seen = [sum(tokens for _, tokens, *_ in each["distance"]) for each in found]
+    by = [
+        {d: loss for d, tokens, loss, *_ in each["distance"] if tokens > total / 1000}
+        for each, total in zip(found, seen, strict=True)
+    ]
     return {d: statistics.mean(losses[d] for losses in by) for d in by[0]} if by else {}
 
 
 def words_plot(results: Results, measured: dict) -> Figure | None:
-    """BLiMP against cache, and how much worse than MHA's the loss on seen pairs is."""
+    """BLiMP and the loss on recalled pairs against the cache, and MHA's lead by distance."""
     costs = words_by_arm(results, measured)
     if not costs:
         return None
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    grammar, recalled, distance = figure.subplots(1, 3)
+    most = max(cost.rows[0]["tokens"] for cost in costs.values())
     for (study, arm), cost in costs.items():
-        a = STUDIES[study][arm]
-        adamw = a.optimizer == "adamw"
-        look = look_of_arm(study, arm) | dict(alpha=0.5 if adamw else 1)
-        if cost.blimp:
-            share = sizes_of(results.run(study, arm)).cache_share
-            right_ones = [100 * words.mean_of(found) for found in cost.blimp]
-            left.plot(share, statistics.mean(right_ones), **look, linestyle="none", markersize=8)
+        adamw = STUDIES[study][arm].optimizer == "adamw"
+        pale = adamw or cost.rows[0]["tokens"] < most
+        look = look_of_arm(study, arm) | dict(alpha=0.4 if pale else 1)
+        share = sizes_of(results.run(study, arm)).cache_share
+        rare = [found["rare"][1] for found in cost.recall if found["rare"][0]]
+        right = [100 * words.mean_of(found) for found in cost.blimp]
+        for ax, seeds in ((grammar, right), (recalled, rare)):
+            ax.plot([share] * len(seeds), seeds, **look, linestyle="none", markersize=8)
         if adamw and any(STUDIES[s][other].optimizer == "muon" for s, other in costs):
             continue  # lines enough
         mha = costs.get((study, mha_beside(study, arm)))
@@ -929,16 +935,19 @@ def words_plot(results: Results, measured: dict) -> Figure | None:
         places = [d for d in by if d in of_mha]
         line = dict(markersize=5, label=title_of(study, arm))
         if places:
-            right.plot(places, [by[d] - of_mha[d] for d in places], **look, **line)
-    left.set_xscale("log", base=2)
-    left.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "all"])
-    left.set(xlabel="KV cache, share of MHA's", ylabel="BLiMP, % (pale: AdamW)")
-    right.set_xscale("log", base=2)
-    right.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
-    right.set(xlabel="distance d to where the pair was (mean over d to 2d - 1)")
-    right.set_ylabel("loss on seen pairs, less MHA's of the recipe")
-    right.legend(fontsize=7)
-    for ax in (left, right):
+            distance.plot(places, [by[d] - of_mha[d] for d in places], **look, **line)
+    for ax in (grammar, recalled):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "all"])
+        ax.set_xlabel("KV cache, share of MHA's")
+    grammar.set_ylabel("BLiMP, %, a point a seed (pale: AdamW, or fewer tokens)")
+    recalled.set_ylabel("loss where the pair is seen, and rare in training")
+    distance.set_xscale("log", base=2)
+    distance.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
+    distance.set(xlabel="distance d to where the pair was (mean over d to 2d - 1)")
+    distance.set_ylabel("loss on seen pairs, less MHA's of the recipe")
+    distance.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+    for ax in (grammar, recalled, distance):
         ax.grid(alpha=0.3)
     return figure
 
@@ -1073,8 +1082,16 @@ def equal_time_plot(results: Results, speeds: Speeds) -> Figure | None:
 
 
 # The panels of figure1.png: a study, its arms, and where their names stand. The rest is in tables.
+WITH_NORM = {  # in MODERN
+    "mha_norm": ("MHA", "above"),
+    "gqa2_norm": ("GQA, 2 heads", "right"),
+    "mla_deepseek": ("MLA, DeepSeek's", "right"),
+    "mqa_norm": ("MQA", "right"),
+    "mfa_norm": ("MFA", "below"),
+    BEST_KR: (MODERN[BEST_KR].name.replace(", half", ",\nhalf"), "above"),
+}
 PANELS = {
-    "AdamW, 2.2 tokens a parameter": ("figure1", {
+    "AdamW, 30M, 2.2 tokens a parameter": ("figure1", {
         "mha": ("MHA", "left"),
         "gqa2": ("GQA, 2 heads", "right"),
         "mfa_2d": ("MFA, C = 2d", "right"),
@@ -1084,38 +1101,28 @@ PANELS = {
         "mfa_half": ("MFA, wider query", "below"),
         "mfa_kr": ("MFA-KR, pre", "right"),
     }),
-    "Muon, 2.2 tokens a parameter": ("modern", {
+    "Muon without a norm, 30M, 2.2 tokens a parameter": ("modern", {
         "mha": ("MHA", "left"),
-        "mha_norm": ("qk_norm", "below"),
         "gqa2": ("GQA, 2 heads", "right"),
         "mla_joint": ("MLA, joint", "right"),
-        "mla_deepseek": ("MLA, DeepSeek's", "below"),
         "mqa": ("MQA", "right"),
         "mfa": ("MFA", "left"),
         "mfa_kr": ("MFA-KR, pre", "right"),
-        "mfa_kr_half_norm": ("MFA-KR, inverse,\nhalf rotated, qk_norm", "above"),
         "mqa_16": ("MQA, 16 narrower heads", "right"),
     }),
+    "Muon and a norm, 30M, 2.2 tokens a parameter": ("modern", WITH_NORM),
+    "AdamW, 30M, the paper's 18.5 a parameter": ("ratio", {
+        "adamw_mha": ("MHA", "above"),
+        "adamw_mha_16": ("MHA, 16 heads", "below"),
+        "adamw_mqa": ("MQA", "left"),
+        "adamw_mfa": ("MFA", "right"),
+        "adamw_mfa_kr": ("MFA-KR, pre", "right"),
+    }),
 } | {
-    f"{recipe}, {size}, the paper's 18.5 a parameter": (study, labels)
+    f"Muon and a norm, {size}, the paper's 18.5 a parameter": (
+        study, {f"muon_{arm}": label for arm, label in WITH_NORM.items()}
+    )
     for study, size in (("ratio", "30M"), ("ratio_7m", "7M"))
-    for recipe, labels in {
-        "AdamW": {
-            "adamw_mha": ("MHA", "above"),
-            **({"adamw_mha_16": ("MHA, 16 heads", "below")} if study == "ratio" else {}),
-            "adamw_mqa": ("MQA", "left"),
-            "adamw_mfa": ("MFA", "right"),
-            "adamw_mfa_kr": ("MFA-KR, pre", "right"),
-        },
-        "Muon and a norm": {
-            "muon_mha_norm": ("MHA", "above"),
-            "muon_gqa2_norm": ("GQA, 2 heads", "right"),
-            "muon_mla_deepseek": ("MLA, DeepSeek's", "below"),
-            "muon_mqa_norm": ("MQA", "right"),
-            "muon_mfa_norm": ("MFA", "left"),
-            f"muon_{BEST_KR}": (MODERN[BEST_KR].name.replace(", half", ",\nhalf"), "above"),
-        },
-    }.items()
 }  # fmt: skip
 
 

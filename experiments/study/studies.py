@@ -64,7 +64,8 @@ SIZES = {
 SEEDS = (0, 1, 2)
 # Peak learning rates, as factors of the size's lr.
 GRID = (5 / 7, 1, 10 / 7)  # at 30M 1e-3, 1.4e-3, 2e-3
-MUON_GRID = (2 / 3, 1, 3 / 2, 9 / 4)  # 2e-3, 3e-3, 4.5e-3, 6.75e-3; see queue()
+MUON_GRID = (2 / 3, 1, 3 / 2, 9 / 4, 27 / 8)  # 2e-3, 3e-3, 4.5e-3, 6.75e-3, 1.01e-2; see queue()
+BROKEN = 0.03  # nats that a loss rises by in the last eighth of a run, see untrained()
 BEST = ()  # in QUEUE: the best of them so far
 TOO_HIGH = 20 / 7  # 4e-3, which the first three arms do not stand
 
@@ -515,9 +516,10 @@ def results_by_run(rows: list[dict], dataset: str = "") -> dict[Run, dict]:
 
 
 def untrained(row: dict) -> bool:
-    """Is the loss no longer finite, or at the end no lower than at the first evaluation?"""
+    """Is the loss no longer finite, at the end no lower than at first, or higher than an eighth
+    before? The rate falls to 0 there: something broke."""
     curve = [loss for _, loss in row["curve"]]
-    return row["diverged"] or len(curve) > 1 and curve[-1] >= curve[0]
+    return row["diverged"] or len(curve) > 1 and curve[-1] >= min(curve[0], curve[-2] + BROKEN)
 
 
 def grid_of(study: str, arm: str) -> tuple[float, ...]:

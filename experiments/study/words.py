@@ -1,6 +1,6 @@
 """What a small cache costs in words: grammar, and recall from the context, of trained models.
 
-    python experiments/study/words.py --checkpoint KEPT/*.pt --blimp blimp.jsonl.xz --data FOLDER
+    python experiments/study/words.py --checkpoint KEPT --blimp blimp.jsonl.xz --data FOLDER
 
 BLiMP (Warstadt et al. 2020) has 67,000 pairs of sentences, one of them wrong; a model is right
 where it gives the good one, from its first word to its last, a higher probability.
@@ -50,7 +50,7 @@ TOKENS = 16384  # at a time: their logits take half a GB at 8,192 tokens in the 
 class Args:
     """Measure BLiMP and the loss on recalled and on other tokens."""
 
-    checkpoint: tuple[Path, ...]  # files
+    checkpoint: tuple[Path, ...]  # files, or folders of .pt
     blimp: Path | None = None  # blimp.jsonl, or .xz of it: uid, phenomenon, good, bad a line
     data: Path | None = None  # prepared text, whose val.bin is read: run.py's, data/pg-books...
     device: str = "auto"  # auto, cpu, cuda ...
@@ -206,6 +206,16 @@ def mean_of(by_phenomenon: dict[str, dict[str, float]]) -> float:
     return sum(shares) / len(shares)
 
 
+def checkpoints_in(paths: tuple[Path, ...]) -> list[Path]:
+    """The files, and those of the folders. BadInput if a folder has none."""
+    found = []
+    for path in paths:
+        found += sorted(path.glob("*.pt")) if path.is_dir() else [path]
+        if path.is_dir() and path not in {file.parent for file in found}:
+            raise BadInput(f"--checkpoint {path}: has no .pt file; run.py --keep makes some")
+    return found
+
+
 def describe(what: str, found: dict) -> str:
     if what == "blimp":
         return f"BLiMP {100 * mean_of(found):.1f}%"
@@ -223,7 +233,7 @@ def main(args: Args) -> None:
     with Machine(args.device, "float32") as machine:
         device = machine.device
         texts = [to_device(ids, device) for ids in texts]
-        for path in args.checkpoint:
+        for path in checkpoints_in(args.checkpoint):
             checkpoint = open_checkpoint(path)
             if meta and meta["tokenizer"] != checkpoint["tokenizer"]:
                 raise BadInput(f"--data {args.data}: has other tokens than {path} was trained on")
