@@ -210,7 +210,7 @@ def perplexity(folder: Path, study: str = "figure1", recipe: str = "") -> str:
         name = f"{html.escape(arm.name)} ({100 * arm.share:.3g}%)"
         lines.append(
             f'<li><span class="name">{name}</span><span class="track">{dots}</span>'
-            f'<span class="value">{arm}</span></li>'
+            f'<span class="value">{arm.mean}</span></li>'
         )
     devices = sorted({row["device"] for arm in found for row in arm.rows})
     note = (
@@ -237,6 +237,9 @@ def perplexity(folder: Path, study: str = "figure1", recipe: str = "") -> str:
             ", not all with three rates and seeds" if few else ""
         )
         note = f"{so_far}: {ahead}, {how} in the paper. {note}"
+    rows = [row for arm in found for row in arm.rows]
+    if lost := sum(map(figures.untrained, rows)):
+        note += f" {lost} of {len(rows)} runs failed, and {'is' if lost == 1 else 'are'} left out."
     if any(arm.rows[0]["config"]["q_rank"] for arm in found):
         note += " A query rank of dim/2 is ours; the paper's is C."
     return f'<ul class="bars wide">{"".join(lines)}</ul><p class="note">{note}</p>'

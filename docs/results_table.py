@@ -22,7 +22,7 @@ from experiments.bench import equal_time  # noqa: E402
 from experiments.bench.decoding import quickest  # noqa: E402
 from experiments.paper.tables import FIGURE1_MLA  # noqa: E402, F401 (the page asks for it)
 from experiments.study import words  # noqa: E402
-from experiments.study.plot import Results, outcome, words_by_arm  # noqa: E402
+from experiments.study.plot import Results, outcome, spread, words_by_arm  # noqa: E402
 from experiments.study.studies import BEST_KR, STUDIES, read_results, untrained  # noqa: E402
 from experiments.study.studies import Arm as Planned  # noqa: E402
 
@@ -95,6 +95,11 @@ class Arm(NamedTuple):
     def ppl(self) -> list[float]:
         """One a seed, of those that trained."""
         return [row["ppl"] for row in self.rows if not untrained(row)]
+
+    @property
+    def mean(self) -> str:
+        """± deviation, of those that trained."""
+        return spread(self.ppl, 2) if self.ppl else "failed"
 
     @property
     def share(self) -> float:

@@ -420,7 +420,7 @@ rows = studies.read_results(studies.RESULTS)
 results = Results(rows)  # by run; those on another text are left out
 if rows:
     lost = sum(map(studies.untrained, results.done.values()))  # not finite, or no better at the end than early on
-    print(f"{len(results.done)} runs on books, {lost} of which did not train; {len(rows) - len(results.done)} on other texts")
+    print(f"{len(results.done)} runs on books, {lost} of which failed; {len(rows) - len(results.done)} on other texts")
 else:
     print("experiments/results/study.jsonl is not there yet, so the cells below show the paper's figures alone.")
     print("To make it: python experiments/study/run.py --study figure1 (a GPU; many hours on a CPU)")

@@ -371,7 +371,7 @@ def test_the_table_takes_what_was_measured(results):
     table = figures.table(results)
     assert line(table, "MFA")[2:] == ["12.5%", "–", "–", "–", "42.00 ± 1.41", "6,500", "0.80"]  # at the better rate
     assert line(table, "MHA")[2:] == ["100%", "49.00", "3e-3 only", "–", "50.00", "1,000", "1.00"]
-    assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "–", "–", "60.00, 1 of 2 did not train", "7,000", "–"]
+    assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "–", "–", "60.00, 1 of 2 failed", "7,000", "–"]
     assert line(table, "GQA")[2:] == ["25%", "–", "–", "–", "39.00", "–", "–"]  # no such share was timed
     assert line(table, "MQA")[2:] == ["not measured", *"––––", *["not measured"] * 2]
     assert "49.0" in figures.advice(results)

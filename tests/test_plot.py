@@ -322,7 +322,7 @@ def test_order_names_the_pairs_that_differ():
         == f"Order: 2 of 3 pairs as in the paper. The other way round here: MHA ({math.exp(3.7):.2f}) better than MFA ({math.exp(3.8):.2f})."
     )
     table = plot.main_table(plot.Results(rows), "table4")
-    assert "1 of 1 did not train" in table and table.count("not made") == 2
+    assert "1 of 1 failed" in table and table.count("not made") == 2
     mfa, mha, proj = (("table4", arm) for arm in ("mfa", "mha", "proj"))
     assert plot.difference_cells(plot.Results(rows), mfa, mha)[3:] == ["-0.1000", "in 0 of 1 seeds"]
     assert plot.difference_cells(plot.Results(rows), mfa, proj)[1:] == [
@@ -346,10 +346,10 @@ def test_a_run_that_did_not_train_is_counted_and_not_averaged():
 
     results = plot.Results(rows(3.7, 4.7, 3.9))
     assert (
-        plot.outcome(results.of("why", "mha_16"), "val_loss") == "3.80 ± 0.14, 1 of 3 did not train"
+        plot.outcome(results.of("why", "mha_16"), "val_loss") == "3.80 ± 0.14, 1 of 3 failed"
     )
     assert [found["val_loss"] for found in results.trained("why", "mha_16")] == [3.7, 3.9]
-    assert plot.outcome(rows(5.0)) == "1 of 1 did not train"
+    assert plot.outcome(rows(5.0)) == "1 of 1 failed"
 
 
 def test_runs_whose_gradient_rounding_moves_far_are_named():
@@ -394,7 +394,7 @@ def test_a_size_is_compared_at_the_seeds_that_all_its_attentions_have_trained():
     assert seeds["mha_2m"] == seeds["mfa_2m"] == seeds["mfa_kr_2m"] == [0]
     assert seeds["mha_7m"] == [0, 1] and seeds["mha_60m"] == []
     table = plot.figure3_part(plot.Results([*rows, line("mfa_7m", 0, 4.8)]))
-    assert "| 1 of 1 did not train |" in table and table.count("not made") == len(FIGURE3) - 5
+    assert "| 1 of 1 failed |" in table and table.count("not made") == len(FIGURE3) - 5
 
 
 def test_distances_from_mha_by_position_are_of_means_over_seeds():

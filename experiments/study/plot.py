@@ -120,7 +120,7 @@ def outcome(rows: list[dict], what: str = "ppl", digits: int = 2) -> str:
     trained = [row[what] for row in rows if not untrained(row)]
     texts = [spread(trained, digits)] if trained else []
     if len(trained) < len(rows):
-        texts.append(f"{len(rows) - len(trained)} of {len(rows)} did not train")
+        texts.append(f"{len(rows) - len(trained)} of {len(rows)} failed")
     return ", ".join(texts)
 
 
@@ -270,7 +270,7 @@ def status_part(results: Results) -> str:
     runs = [task.run for task in queue("all", results.toy, results.done)]
     made = sum(run in results.done for run in runs)
     together = f"Together {len(runs)} runs, since studies share some; {made} are made."
-    return table(["study", "runs", "made", "of them did not train"], body) + "\n\n" + together
+    return table(["study", "runs", "made", "of them failed"], body) + "\n\n" + together
 
 
 def figure1_part(results: Results) -> str:
