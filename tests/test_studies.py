@@ -9,6 +9,7 @@ from study_rows import row
 from torch import nn
 
 from experiments.study import studies
+from experiments.study.plot import sizes_of
 from experiments.study.studies import (
     CORE,
     GRID,
@@ -132,6 +133,16 @@ def test_the_ratio_is_the_papers():
     }  # fmt: skip
     assert {lr for _, lr, _ in arms["muon_mha_norm"]} == {2e-3, 3e-3, 4.5e-3}
     assert {lr for _, lr, _ in arms["adamw_mfa"]} == {1e-3, 1.4e-3, 2e-3}
+
+
+def test_at_7m_each_of_the_ratios_arms_has_the_width_of_its_size():
+    """18.5 tokens a parameter, 2.2 of the short arms, and caches of the same shares as at 30M."""
+    for task in queue("ratio_7m"):
+        r, wanted = task.run, 2.2 if task.arm.startswith("short") else 20 / 1.08
+        assert r.max_iters * r.batch_size * r.cfg.block_size / count_params(r.cfg) == pytest.approx(wanted, rel=0.01)
+        study, arm = studies.short_run_of(task.arm)
+        shares = [sizes_of(run)[2] for run in (r, run_for(study, arm, 1, 0))]
+        assert shares[0] == shares[1]
 
 
 def test_the_ratio_begins_at_the_best_rate_of_the_short_runs():
