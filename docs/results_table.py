@@ -277,26 +277,26 @@ def conditions(found: list[Arm], measured: Measured) -> list[str]:
 def advice(folder: Path = RESULTS) -> str:
     """Which attention for which cache. tests/test_docs.py holds the sentences to the results."""
     measured = Measured(folder)
-    mqa, mla = MODELS[4], MODELS[2]
+    mha, gqa, mla, mfa, mqa, newer, _, narrow = MODELS
     slower, ppl = measured.of_mha(mla.attn), measured.ppl
     deepseek = measured.arm("modern", mla.norm)
     share = f"{deepseek.share:.1%}" if deepseek else MISSING
     rows = [
-        ("all of it", "MHA", MODELS[0], "Nothing here is better."),
-        ("a quarter", "GQA, 2 of 8 heads", MODELS[1], "The simplest way to save."),
+        ("all of it", "MHA", mha, "Nothing here is better."),
+        ("a quarter", "GQA, 2 of 8 heads", gqa, "The simplest way to save."),
         (
             "an eighth",
             "**MFA**",
-            MODELS[3],
+            mfa,
             f"Better than MQA with as much ({ppl(mqa.norm)}), as good as DeepSeek's MLA with "
             f"{share} ({ppl(mla.norm)}), which decodes {slower} times as fast as MHA.",
         ),
         (
             "a sixteenth",
             "**MFA-KR**, newer form",
-            MODELS[5],
+            newer,
             f"Better than MQA with an eighth and no norm ({ppl(mqa.plain)}). With a sixteenth and "
-            f"no norm, MQA has {ppl(MODELS[7].plain)}.",
+            f"no norm, MQA has {ppl(narrow.plain)}.",
         ),
     ]
     rates = {measured.rate(model.muon) for _, _, model, _ in rows}

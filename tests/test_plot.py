@@ -132,6 +132,7 @@ def test_what_the_findings_say_is_in_the_results():
     assert advised == sorted(advised)
     assert "MHA {:.1f}, GQA with a quarter {:.1f}, MFA with an eighth {:.1f}, MFA-KR with a sixteenth {:.1f}.".format(*advised) in text
     ours = further("mha_norm", "mfa_norm"), further("mha_norm", "mfa_kr_half_norm")
+    assert f"at 30M and 2.2 tokens it is {ours[0]:.3f} and {ours[1]:.3f}." in text
     assert f"MFA-KR {math.log(6.45 / 6.41):.3f} nats worse; here they are {ours[0]:.3f} and {ours[1]:.3f} worse." in text
     less, nats = muon["mqa_norm"] - muon["mfa_norm"], further("mfa_norm", "mqa_norm")
     assert f"{less:.1f} better than MQA with as much ({nats:.3f} nats, as wide as its interval)" in text and f"{half:.3f}" == f"{nats:.3f}"

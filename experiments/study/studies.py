@@ -284,7 +284,7 @@ RATIO = {
     for arm, a in (*((arm, FIGURE1[arm]) for arm in ("mha", "mfa", "mqa", "mfa_kr")),
                    ("mha_16", WHY["mha_16"]))
 }  # fmt: skip
-# The same at 7M, where a run takes a tenth of the time, so that each arm has its rates and seeds;
+# The same at 7M, where a run takes an eighth of the time, so that each arm has its rates and seeds;
 # and, to compare, its core on 2.2 tokens a parameter.
 RATIO_7M = {
     f"{recipe}_{arm}": a._replace(
