@@ -1086,9 +1086,9 @@ WITH_NORM = {  # in MODERN
     "mha_norm": ("MHA", "above"),
     "gqa2_norm": ("GQA, 2 heads", "right"),
     "mla_deepseek": ("MLA, DeepSeek's", "right"),
-    "mqa_norm": ("MQA", "right"),
+    "mqa_norm": ("MQA", "above"),
     "mfa_norm": ("MFA", "below"),
-    BEST_KR: (MODERN[BEST_KR].name.replace(", half", ",\nhalf"), "above"),
+    BEST_KR: (MODERN[BEST_KR].name.replace(", half", ",\nhalf"), "right"),
 }
 PANELS = {
     "AdamW, 30M, 2.2 tokens a parameter": ("figure1", {
