@@ -288,8 +288,8 @@ def advice(folder: Path = RESULTS) -> str:
             "an eighth",
             "**MFA**",
             mfa,
-            f"Better than MQA with as much ({ppl(mqa.norm)}), as good as DeepSeek's MLA with "
-            f"{share} ({ppl(mla.norm)}), which decodes {slower} times as fast as MHA.",
+            f"Better than MQA with as much ({ppl(mqa.norm)}), and than DeepSeek's MLA with {share} "
+            f"({ppl(mla.norm)}), which decodes {slower} times as fast as MHA.",
         ),
         (
             "a sixteenth",

@@ -453,7 +453,7 @@ torch.set_default_dtype(torch.float64)
 # *Caveat.* 150 steps of a toy show the mechanism and decide nothing about losses: look at those printed. At 30M parameters
 # (`experiments/results/study.jsonl`) the same tokens take MFA from perplexity 43.2 with AdamW to 38.6 with Muon, and MQA with
 # the same cache from 43.1 to 39.4 (Muon: two seeds). MFA has a product of matrices in its query and MQA has none. But a norm on
-# query and key (`qk_norm`) leaves little of that: 38.1 and 38.4.
+# query and key (`qk_norm`) leaves little of that: 37.9 and 38.3.
 #
 # ## Exercises
 #

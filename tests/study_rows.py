@@ -25,3 +25,12 @@ def row(task: studies.Task, loss: float | None) -> dict:
 
 def toy(arm: str = "mfa_kr", **changes) -> Run:
     return run_for("figure1", arm, 1, 0, toy=True)._replace(**changes)
+
+
+def pairs(results, study: str, one: str, other: str) -> list[float]:
+    """The loss of other less that of one, of every two runs at one rate and seed."""
+    lost = []
+    for factor in studies.grid_of(study, one):
+        ours, theirs = ({row["seed"]: row["val_loss"] for row in results.of(study, arm, factor)} for arm in (one, other))
+        lost += [theirs[seed] - ours[seed] for seed in ours if seed in theirs]
+    return lost

@@ -558,7 +558,8 @@ def test_the_queue_stops_at_the_limit_and_goes_on_in_the_next_call(
 
 def test_a_second_seed_waits_for_the_rates_of_its_arm(tmp_path):
     """A run that is trained may change what rate is best, and so which one the seed gets."""
-    scheduler = run.Scheduler(run.Args(study="modern"), tmp_path / "r", read_results(studies.RESULTS), dict(device="cpu"))
+    rows = [row for row in read_results(studies.RESULTS) if not row["seed"] and (row["arm"], row["lr"]) != ("mfa_norm", 0.010125)]
+    scheduler = run.Scheduler(run.Args(study="modern"), tmp_path / "r", rows, dict(device="cpu"))
     first = next(task for task in queue("modern", done=scheduler.done) if task.arm == "mfa_norm" and task.run not in scheduler.done)
     scheduler.running[object()] = first, "cpu"
     asked = []

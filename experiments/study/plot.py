@@ -36,6 +36,7 @@ from experiments.study.studies import (
     MUON_GRID,
     QUESTION_A,
     QUEUE,
+    RATIO_7M,
     RATIOS,
     RESULTS,
     SEEDS,
@@ -921,8 +922,9 @@ def words_plot(results: Results, measured: dict) -> Figure | None:
     most = max(cost.rows[0]["tokens"] for cost in costs.values())
     for (study, arm), cost in costs.items():
         adamw = STUDIES[study][arm].optimizer == "adamw"
-        pale = adamw or cost.rows[0]["tokens"] < most
+        pale = cost.rows[0]["tokens"] < most
         look = look_of_arm(study, arm) | dict(alpha=0.4 if pale else 1)
+        look |= dict(markerfacecolor="none") if adamw else {}
         share = sizes_of(results.run(study, arm)).cache_share
         rare = [found["rare"][1] for found in cost.recall if found["rare"][0]]
         right = [100 * words.mean_of(found) for found in cost.blimp]
@@ -940,7 +942,8 @@ def words_plot(results: Results, measured: dict) -> Figure | None:
         ax.set_xscale("log", base=2)
         ax.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "all"])
         ax.set_xlabel("KV cache, share of MHA's")
-    grammar.set_ylabel("BLiMP, %, a point a seed (pale: AdamW, or fewer tokens)")
+    figure.suptitle("a point a seed; hollow: AdamW; pale: fewer tokens", fontsize=10)
+    grammar.set_ylabel("BLiMP, %")
     recalled.set_ylabel("loss where the pair is seen, and rare in training")
     distance.set_xscale("log", base=2)
     distance.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
@@ -1090,8 +1093,17 @@ WITH_NORM = {  # in MODERN
     "mfa_norm": ("MFA", "below"),
     BEST_KR: (MODERN[BEST_KR].name.replace(", half", ",\nhalf"), "right"),
 }
-PANELS = {
-    "AdamW, 30M, 2.2 tokens a parameter": ("figure1", {
+ADAMW_AT_RATIO = {  # in RATIOS
+    "adamw_mha": ("MHA", "above"),
+    "adamw_mha_16": ("MHA, 16 heads", "below"),  # at 30M
+    "adamw_mqa": ("MQA", "above"),
+    "adamw_mfa": ("MFA", "below"),
+    "adamw_mfa_kr": ("MFA-KR, pre", "right"),
+}
+MUON_AT_RATIO = {f"muon_{arm}": label for arm, label in WITH_NORM.items()}
+SHORT, LONG = "30M, 2.2 tokens a parameter", "7M, the paper's 18.5 a parameter"
+PANELS = {  # two a row: one recipe, at 65M tokens and at the paper's ratio
+    f"AdamW, {SHORT}": ("figure1", {
         "mha": ("MHA", "left"),
         "gqa2": ("GQA, 2 heads", "right"),
         "mfa_2d": ("MFA, C = 2d", "right"),
@@ -1101,7 +1113,10 @@ PANELS = {
         "mfa_half": ("MFA, wider query", "below"),
         "mfa_kr": ("MFA-KR, pre", "right"),
     }),
-    "Muon without a norm, 30M, 2.2 tokens a parameter": ("modern", {
+    f"AdamW, {LONG}": ("ratio_7m", {a: at for a, at in ADAMW_AT_RATIO.items() if a in RATIO_7M}),
+    f"Muon and a norm, {SHORT}": ("modern", WITH_NORM),
+    f"Muon and a norm, {LONG}": ("ratio_7m", MUON_AT_RATIO),
+    f"Muon without a norm, {SHORT}": ("modern", {
         "mha": ("MHA", "left"),
         "gqa2": ("GQA, 2 heads", "right"),
         "mla_joint": ("MLA, joint", "right"),
@@ -1110,19 +1125,8 @@ PANELS = {
         "mfa_kr": ("MFA-KR, pre", "right"),
         "mqa_16": ("MQA, 16 narrower heads", "right"),
     }),
-    "Muon and a norm, 30M, 2.2 tokens a parameter": ("modern", WITH_NORM),
-    "AdamW, 30M, the paper's 18.5 a parameter": ("ratio", {
-        "adamw_mha": ("MHA", "above"),
-        "adamw_mha_16": ("MHA, 16 heads", "below"),
-        "adamw_mqa": ("MQA", "left"),
-        "adamw_mfa": ("MFA", "right"),
-        "adamw_mfa_kr": ("MFA-KR, pre", "right"),
-    }),
-} | {
-    f"Muon and a norm, {size}, the paper's 18.5 a parameter": (
-        study, {f"muon_{arm}": label for arm, label in WITH_NORM.items()}
-    )
-    for study, size in (("ratio", "30M"), ("ratio_7m", "7M"))
+    f"AdamW, {LONG.replace('7M', '30M')}": ("ratio", ADAMW_AT_RATIO),
+    f"Muon and a norm, {LONG.replace('7M', '30M')}": ("ratio", MUON_AT_RATIO),
 }  # fmt: skip
 
 
