@@ -580,5 +580,6 @@ def test_the_ratio_is_of_the_larger_corpus(full_size):
     noted, rows = full_size("--study=ratio")
     assert noted["prepared"]["dataset"] == "pg-books-large"
     assert {line["dataset"] for line in rows} == {"pg-books-large-bpe8192"}
-    planned = list(queue("ratio", done=results_by_run(rows)))  # which rates, their results say
-    assert len(full_size("--study=ratio")[1]) == len(rows) == len(planned)
+    done = results_by_run(rows)
+    assert {task.run for task in queue("ratio", done=done)} <= done.keys()  # which rates, their results say
+    assert len(full_size("--study=ratio")[1]) == len(rows)

@@ -145,16 +145,20 @@ def test_at_7m_each_of_the_ratios_arms_has_the_width_of_its_size():
         assert shares[0] == shares[1]
 
 
-def test_the_ratio_begins_at_the_best_rate_of_the_short_runs():
+def test_the_ratio_begins_at_the_best_rate_of_cheaper_runs():
+    """Of those on fewer tokens, and at 30M, where there are some, of those at 7M on as many a parameter."""
     made = [("modern", "mfa_norm", 1, 3.7), ("modern", "mfa_norm", 3 / 2, 3.6), ("figure1", "mfa_kr", 10 / 7, 3.8), ("why", "mha_16", 1, 3.7)]
     tasks = [(studies.Task(study, arm, run_for(study, arm, factor, 0)), loss) for study, arm, factor, loss in made]
     done = results_by_run([row(*each) for each in tasks])
     rates = {}
     for task in queue("ratio", done=done):
         rates.setdefault(task.arm, []).append(task.run.lr)
-    assert rates["muon_mfa_norm"][:2] == [4.5e-3, 3e-3] and 6.75e-3 in rates["muon_mfa_norm"]  # and its neighbours
-    assert 2e-3 not in rates["muon_mfa_norm"] and set(rates["adamw_mfa_kr"]) == {2e-3}
+    assert rates["muon_mfa_norm"][:2] == [4.5e-3] * 2 and set(rates["muon_mfa_norm"]) == {3e-3, 4.5e-3, 6.75e-3}  # and its neighbours
+    assert set(rates["adamw_mfa_kr"]) == {2e-3}
     assert set(rates["muon_mqa_norm"]) == {3e-3} and set(rates["adamw_mha_16"]) == {1.4e-3}
+    small = studies.Task("ratio_7m", "muon_mfa_norm", run_for("ratio_7m", "muon_mfa_norm", 9 / 4, 0))
+    of_small = done | results_by_run([row(small, 3.6) | dict(dataset=studies.dataset_of("ratio_7m"))])
+    assert next(task.run.lr for task in queue("ratio", done=of_small) if task.arm == "muon_mfa_norm") == 6.75e-3
     longer = studies.Task("ratio", "muon_mfa_norm", run_for("ratio", "muon_mfa_norm", 9 / 4, 0))
     done |= results_by_run([row(longer, 3.2) | dict(dataset=studies.dataset_of("ratio"))])
     seeds = [task.run for task in queue("ratio", done=done) if task.arm == "muon_mfa_norm" and task.run.seed]

@@ -338,11 +338,12 @@ QUEUE = [
     ("ratio_7m", ADAMW_7M[:2], GRID, (0,)),
     ("ratio_7m", MUON_ARMS, BEST, SEEDS[:2]),
     ("ratio_7m", ADAMW_7M, BEST, SEEDS),
+    ("ratio", MUON_ARMS[:4], BEST, (0,)),
+    ("ratio", MUON_ARMS[:4], BEST, SEEDS[:2]),
     ("ratio", MUON_ARMS, BEST, (0,)),
     ("ratio", ADAMW_ARMS[:4], BEST, (0,)),
     ("muon_heads", HEADS_30M, (1,), (0,)),
     ("ratio", MUON_ARMS[:2], MUON_GRID, (0,)),
-    ("ratio", MUON_ARMS[:4], BEST, SEEDS[:2]),
     ("ratio", ADAMW_ARMS, BEST, (0,)),
     ("ratio", ADAMW_ARMS[:2], GRID, (0,)),
     ("ratio", ADAMW_ARMS[:4], BEST, SEEDS[:2]),
@@ -404,8 +405,7 @@ def queue(
     """Every run of a study, or of all, once, in order.
 
     done: the results, which say what rate is best; without them the middle one stands for it, in
-    RATIOS the best one of the short runs. Of MUON_GRID only the best rate's neighbours are
-    tried.
+    RATIOS the best one of cheaper_runs. Of MUON_GRID only the best rate's neighbours are tried.
     """
     done, seen = done or {}, set()
     for name, arms, factors, seeds in QUEUE:
@@ -429,8 +429,16 @@ def best_so_far(study: str, arm: str, done: dict[Run, dict], toy: bool) -> float
     if tried := losses_by_rate(study, arm, done, toy):
         lower = [factor for factor in grid_of(study, arm) if factor < min(tried)]
         return max(lower, default=min(tried))
-    short = best_rate(*short_run_of(arm), done, toy) if study in RATIOS else None
-    return short or 1
+    if study not in RATIOS:
+        return 1
+    found = (best_rate(*which, done, toy) for which in cheaper_runs(study, arm))
+    return next(filter(None, found), 1)
+
+
+def cheaper_runs(study: str, arm: str) -> list[tuple[str, str]]:
+    """Study and arm of the same attention at 7M on as many tokens a parameter, and on fewer."""
+    small = [("ratio_7m", arm)] if study == "ratio" and arm in RATIO_7M else []
+    return [*small, short_run_of(arm)]
 
 
 def short_run_of(arm: str) -> tuple[str, str]:
