@@ -295,8 +295,9 @@ def advice(folder: Path = RESULTS) -> str:
             "a sixteenth",
             "**MFA-KR**, newer form",
             newer,
-            f"Better than MQA with an eighth and no norm ({ppl(mqa.plain)}). With a sixteenth and "
-            f"no norm, MQA has {ppl(narrow.plain)}.",
+            f"A little worse than MQA with twice as much ({ppl(mqa.norm)}), better than that "
+            f"without a norm ({ppl(mqa.plain)}). MQA with as much, without one, has "
+            f"{ppl(narrow.plain)}.",
         ),
     ]
     rates = {measured.rate(model.muon) for _, _, model, _ in rows}

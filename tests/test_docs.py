@@ -262,6 +262,7 @@ def test_the_advice_is_what_the_results_say():
     same = pairs(results, study, "mfa_norm", "mqa_norm")
     assert len(same) >= 5 and min(same) > 0 and share["mqa_norm"] == share["mfa_norm"]  # better than MQA with as much
     assert further("mfa_norm", "mla_deepseek") > half and share["mla_deepseek"] > share["mfa_norm"]  # and than MLA with more
+    assert min(pairs(results, study, "mqa_norm", "mfa_kr_half_norm")) > 0  # a little worse than MQA with twice as much
     assert further("mfa_kr_half_norm", "mqa") > half and share["mqa_16"] == share["mfa_kr_half_norm"]
     assert abs(further("mfa", "mha")) < half < further("mfa", "gqa2")  # without the norm
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
