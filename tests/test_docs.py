@@ -371,7 +371,7 @@ def test_the_table_counts(tmp_path):
     table = figures.table(tmp_path)  # an empty folder: nothing was measured
     assert line(table, "MHA") == ["MHA", "`--attn mha --qk_norm`", "not measured", *"––––", *["not measured"] * 2]
     assert "Perplexity" not in table and "Tokens/s" not in table
-    assert figures.advice(tmp_path).count("not measured") == 3 * 4 + 6
+    assert figures.advice(tmp_path).count("not measured") == 3 * 4 + 7
 
 
 def test_the_table_takes_what_was_measured(results):
