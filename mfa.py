@@ -26,7 +26,7 @@ Config gives the paper's letter of each width: H, n or m, d, g, C, d_r. Weights 
 paper's: s_q, s_k, s_v are S_q, S_k, S_v, shared by all heads; q, k, v, o are Q_c, K_c, V_c, O_c,
 all heads in one nn.Linear, stacked on the output rows of q, k, v and on the input columns of o;
 n and alpha are N and alpha of Eqs. 8-9. In the shapes of comments B is sequences, T tokens, S all
-tokens so far, r the query rank, w the width of a query or a key.
+tokens so far, r the query rank, w the width of a query or a key, w_v that of a value.
 
     cfg = Config(attn="mfa_kr", vocab_size=65, block_size=64, n_layer=2, dim=64, head_dim=16)
     model = GPT(cfg)
@@ -440,7 +440,7 @@ class Attention(nn.Module):
         return k, v
 
     def output(self, y: Tensor, pos: Tensor) -> Tensor:
-        """sum_c y_c O_c^T: (B, T, n, w) -> (B, T, H)."""
+        """sum_c y_c O_c^T: (B, T, n, w_v) -> (B, T, H)."""
         return self.o(y.flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
@@ -495,7 +495,7 @@ class Attention(nn.Module):
         return out
 
     def o_heads(self) -> Tensor:
-        """O_c^T: (n, w, H)."""
+        """O_c^T: (n, w_v, H)."""
         return self.o.weight.mT.unflatten(0, (self.n_head, -1))
 
     def check_bilinear(self) -> None:
@@ -652,7 +652,7 @@ class MLA(Attention):
         r = cfg.query_rank if cfg.compress_query else H
         self.rope_dim = d_r = cfg.rope_dim if cfg.pos == "rope" else 0
         self.s_q = linear(H, r) if cfg.compress_query else nn.Identity()
-        self.q_norm = rms_norm(r, cfg, cfg.latent_norm and cfg.compress_query)
+        self.q_norm = rms_norm(r, cfg, cfg.latent_norm and cfg.compress_query)  # of x S_q
         self.q = linear(r, m * d)
         self.k = linear(C, m * d)
         self.v = linear(C, m * d)
@@ -688,15 +688,15 @@ class MLA(Attention):
         return Counts(n_latent * C + d_r, params, m, rank, min(C, H, m * rank), m * rank)
 
     def query(self, x, pos):
-        x = self.q_norm(self.s_q(x))  # (B, T, r)
-        q = split_heads(self.q(x), self.n_head)  # (B, m, T, d)
+        c_q = self.q_norm(self.s_q(x))  # (B, T, r)
+        q = split_heads(self.q(c_q), self.n_head)  # (B, m, T, d)
         if not self.rope_dim:
             return q
-        q_rope = self.rotate(split_heads(self.q_rope(x), self.n_head), pos)  # (B, m, T, d_r)
+        q_rope = self.rotate(split_heads(self.q_rope(c_q), self.n_head), pos)  # (B, m, T, d_r)
         return torch.cat((q, q_rope), dim=-1)  # (B, m, T, d + d_r)
 
     def to_cache(self, x, pos):
-        cached = [self.kv_norm(S(x)) for S in self.latents]  # each (B, T, C)
+        cached = [self.kv_norm(latent(x)) for latent in self.latents]  # each (B, T, C)
         if self.rope_dim:
             cached.append(self.rotate(self.k_rope(x), pos))  # (B, T, d_r)
         return tuple(c[:, None] for c in cached)  # each (B, 1, T, C or d_r)
@@ -764,8 +764,8 @@ class MFA(Attention):
         return Counts(2 * C, params, m, rank, min(C, H, m * rank), m * rank)
 
     def query(self, x, pos):
-        x = self.q_norm(self.s_q(x))  # (B, T, r)
-        q = self.query_norm(split_heads(self.q(x), self.n_head))  # (B, m, T, C)
+        c_q = self.q_norm(self.s_q(x))  # (B, T, r)
+        q = self.query_norm(split_heads(self.q(c_q), self.n_head))  # (B, m, T, C)
         return self.rotate(q, pos)
 
     def to_cache(self, x, pos):
@@ -944,8 +944,8 @@ def check_sampling(n: int, temperature: float, top_k: int | None, top_p: float |
 def draw(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
     """One id for each row of logits, from softmax(logits / temperature): (B, V) -> (B, 1).
 
-    top_k keeps the likeliest so many; of these, top_p keeps the fewest whose probability reaches
-    it. Temperature 0 takes the likeliest.
+    V is vocab_size. top_k keeps the likeliest so many; of these, top_p keeps the fewest whose
+    probability reaches it. Temperature 0 takes the likeliest.
     """
     logits = at_least_float32(logits)  # (B, V)
     if temperature == 0:

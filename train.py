@@ -140,11 +140,13 @@ def count_params(cfg: Config) -> int:
 
 def mha_of(cfg: Config) -> Config:
     """The MHA model that cfg is compared with: all else equal, but for Table 7's own experts."""
-    table7 = PRESETS["paper-7b"]
-    own = table7.get(cfg.attn, {})
+    own = PRESETS["paper-7b"].get(cfg.attn, {})
     is_table7 = all(getattr(cfg, k) == v for k, v in own.items())
-    experts = {k: table7[k] for k in own} if is_table7 else {}
-    return replace(cfg, attn="mha", n_head=0, **experts)
+    experts = {k: PRESETS["paper-7b"][k] for k in own} if is_table7 else {}
+    try:
+        return replace(cfg, attn="mha", n_head=0, **experts)
+    except ValueError as e:
+        raise BadInput(f"--attn {cfg.attn}: the MHA that it is compared with: {e}") from e
 
 
 def match_params(cfg: Config) -> Config:
@@ -165,7 +167,7 @@ def match_params(cfg: Config) -> Config:
         if abs(rounded - exact) * per_unit < 0.008 * want:
             return replace(cfg, **{name: rounded})
     what = f"no {name} gives {cfg.attn} MHA's {want:,} parameters"
-    raise ValueError(f"{what}: make the attention smaller, or --no-match_params")
+    raise ValueError(f"{what}: make the attention smaller, or --no_match_params")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,11 +259,9 @@ def new_model(args: Train, text: Tokens) -> GPT:
         raise BadInput(f"--vocab_size {args.model.vocab_size}: {what}")
     try:
         cfg = replace(args.model, vocab_size=max(args.model.vocab_size, n_vocab))
-        mha_of(cfg)  # with which the run is compared
         torch.manual_seed(args.seed)
-        fixed = cfg.attn in ("mha", "fpba") or args.init_from
-        matched = args.match_params and not fixed
-        return GPT(match_params(cfg) if matched else cfg)
+        keep = args.init_from or not args.match_params or cfg.attn in ("mha", "fpba")
+        return GPT(cfg if keep else match_params(cfg))
     except ValueError as e:
         raise BadInput(f"--attn {args.model.attn}: {e}") from e
 
@@ -344,8 +344,8 @@ def evaluate(model: GPT, ids: Tensor, machine: Machine) -> float:
         for start in range(0, n_window, machine.world * rows):
             first = start + machine.rank * rows
             starts = torch.arange(min(first, n_window - 1), min(first + rows, n_window)) * T
-            # The last window may reach over the end: it begins earlier, and what the window before
-            # has seen counts -1.
+            # The last window may reach over the end: it begins earlier, and targets that the window
+            # before has scored become -1, which the loss leaves out.
             short = max(0, int(starts[-1]) + T + 1 - len(ids))
             starts[-1] -= short
             tokens = take(ids, starts, T + 1, machine.device)  # (rows, T + 1)
@@ -384,6 +384,7 @@ def train(args: Train) -> dict:
     the number of the signal that ended it).
     """
     check_flags(args)
+    mha = mha_of(args.model)  # with which the run is compared
     with Machine(args.device, args.dtype, args.threads, args.shard) as machine:
         check_machine(args, machine)
         out = args.out or Path("out") / f"{args.preset}-{args.model.attn}"
@@ -397,7 +398,7 @@ def train(args: Train) -> dict:
             progress.restore(model, optimizer)
         elif origin:
             load_weights(model, origin, args.init_from)
-        mha = mha_of(replace(args.model, vocab_size=model.cfg.vocab_size))
+        mha = replace(mha, vocab_size=model.cfg.vocab_size)
         progress.describe(model, mha, count_params(mha), (len(text.train), len(text.val)))
         graphs = machine.device.type == "cuda" and machine.world == args.grad_accum == 1
         loss_of = machine.loss_function(model, args.compile, graphs)
@@ -416,8 +417,7 @@ def train(args: Train) -> dict:
                 if evaluation_due or progress.line_due:
                     progress.tell_training(rate)
                 if evaluation_due:
-                    val_loss = evaluate(model, text.val, machine)
-                    better = progress.tell_validation(val_loss)
+                    better = progress.tell_validation(evaluate(model, text.val, machine))
                     run.save(progress.state(model, optimizer), best=better)
                 elif machine.signal:
                     progress.check_weights(model)

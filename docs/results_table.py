@@ -175,7 +175,7 @@ class Measured:
         return f"{statistics.mean(arm.ppl):.1f}" if arm and arm.ppl else MISSING
 
     def rate(self, muon: str) -> str:
-        """The peak rate that was best for Muon, and whether there was another."""
+        """The peak rate that was best for Muon, and whether it was the only one."""
         arm = self.arm("modern", muon)
         if not arm:
             return "–"
@@ -228,16 +228,16 @@ def table(folder: Path = RESULTS) -> str:
     """The README's results, one model a row, with the conditions below them, in Markdown."""
     measured = Measured(folder)
     head = ["", "flags of `train.py`", "cache"]
-    head += ["perplexity, Muon", "at rate", "without the norm", "AdamW, without"]
+    head += ["perplexity: Muon and the norm", "Muon, no norm", "AdamW, no norm"]
     head += ["tokens/s, 1B", "training, MHA = 1"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|---:|---:|"]
     found = []
     for model in MODELS:
         arms = measured.arms(model)
         made = [arm for arm in arms if arm]
         found += made
-        cells = [str(arm) if arm else "–" for arm in arms]
-        cells.insert(1, measured.rate(model.muon))
+        rates = [f" at {measured.rate(arm)}" for arm in (model.norm, model.plain)] + [""]
+        cells = [f"{arm}{rate}" if arm else "–" for arm, rate in zip(arms, rates, strict=True)]
         size = f"{100 * made[0].share:.4g}%" if made else MISSING
         speeds = [measured.speed(made[0]), measured.training(made)] if made else [MISSING] * 2
         words = [model.name, flags(model.planned), size, *cells, *speeds]
@@ -253,8 +253,9 @@ def conditions(found: list[Arm], measured: Measured) -> list[str]:
         study += " AdamW and two with Muon, else one seed"
         heads = "MHA has 8 heads of d = 64 here, so MQA keeps an eighth; with 16 heads, as in the"
         heads += " drawing and in the paper's 1B, a sixteenth"
-        heads += ". The flags are for that shape, at dim 512; add `--optimizer muon` and the"
-        heads += " `--learning_rate`, the best of two to four where it does not say only."
+        heads += ". The flags are for that shape, at dim 512 and with the norm; add `--optimizer"
+        heads += " muon` and the `--learning_rate`, the best of two to five where it is not the only"
+        heads += " one tried."
         heads += (
             " DeepSeek's MLA has a norm on its latent, with AdamW too, and begins with DeepSeek's"
         )
@@ -289,20 +290,19 @@ def advice(folder: Path = RESULTS) -> str:
             "**MFA**",
             mfa,
             f"Better than MQA with as much ({ppl(mqa.norm)}), and than DeepSeek's MLA with {share} "
-            f"({ppl(mla.norm)}), which decodes {slower} times as fast as MHA.",
+            f"({ppl(mla.norm)}). An MLA decodes {slower} times as fast as MHA.",
         ),
         (
             "a sixteenth",
             "**MFA-KR**, newer form",
             newer,
-            f"A little worse than MQA with twice as much ({ppl(mqa.norm)}), better than that "
-            f"without a norm ({ppl(mqa.plain)}). MQA with as much, without one, has "
-            f"{ppl(narrow.plain)}.",
+            f"A little worse than MQA with twice as much ({ppl(mqa.norm)}). Neither with a norm, "
+            f"it has {ppl(newer.plain)} and an MQA with as much {ppl(narrow.plain)}.",
         ),
     ]
     rates = {measured.rate(model.muon) for _, _, model, _ in rows}
     rate = f" --learning_rate {rates.pop()}" if len(rates) == 1 and "–" not in rates else ""
-    head = f"| your cache, of MHA's | take | with `--optimizer muon{rate}` and, at dim 512, "
+    head = f"| your cache, of MHA's | take | `train.py --optimizer muon{rate}` and (at dim 512) "
     head += "| perplexity, 30M | decodes 1B, MHA = 1 | trains | |"
     lines = [head, "|---|---|---|---:|---:|---:|---|"]
     for budget, take, model, why in rows:

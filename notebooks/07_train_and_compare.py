@@ -522,7 +522,8 @@ plt.show()
 # one rate.
 #
 # A norm on query and key (`qk_norm`) makes them cross back: it gains MHA and GQA twice as much as MFA, and then quality follows
-# the cache. The paper has 18.5 tokens a parameter. More tokens make the distances smaller, and so do more parameters.
+# the cache. The paper has 18.5 tokens a parameter. More tokens make the distances smaller, and with this
+# recipe so do more parameters.
 
 # %%
 normed = ("mha_norm", "gqa2_norm", "mfa_norm", studies.BEST_KR)  # all of the cache, a quarter, an eighth, a sixteenth

@@ -78,7 +78,9 @@ def parse(args_type: type, argv: list[str], default: dict) -> Any:
         reason = re.split(" Argument helptext| For full helptext", " ".join(words))[0]
         raise BadInput(reason or "these flags cannot be read; --help lists them") from None
     except ValueError as e:  # a dataclass that refuses its values, as mfa.Config does
-        raise BadInput(str(e)) from None
+        models = [vars(at.model) for at in default.values() if hasattr(at, "model")]
+        is_flag = any(str(e).partition(' ')[0] in fields for fields in models)
+        raise BadInput(f"{'--' * is_flag}{e}") from None
 
 
 def typed(text: str) -> str:

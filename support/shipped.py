@@ -33,13 +33,19 @@ def offer() -> str:
     return f", for instance --checkpoint {FIRST}, which is here already" if there else ""
 
 
+def path_of(path: Path) -> Path:
+    """Of a checkpoint, which may be a shipped model's name."""
+    if path.name != str(path) or not path.name.startswith(PREFIX) or path.exists():
+        return path
+    if path.name not in names():
+        here = ", ".join(names()) or "not installed, a checkout has them"
+        raise BadInput(f"--checkpoint {path}: the shipped models are {here}")
+    return FOLDER / f"{path.name.removeprefix(PREFIX)}.js"
+
+
 def open_checkpoint(path: Path) -> dict:
     """A run's checkpoint, or as much of one as sample.py needs from a shipped model."""
-    if path.name == str(path) and path.name.startswith(PREFIX) and not path.exists():
-        if path.name not in names():
-            here = ", ".join(names()) or "not installed, a checkout has them"
-            raise BadInput(f"--checkpoint {path}: the shipped models are {here}")
-        path = FOLDER / f"{path.name.removeprefix(PREFIX)}.js"
+    path = path_of(path)
     return read_model(path) if path.suffix == ".js" and path.is_file() else load_checkpoint(path)
 
 

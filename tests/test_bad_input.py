@@ -324,13 +324,14 @@ TABLE = {
         nothing, "train.py --block_size 20000", "--block_size 20000: the training text", "has 18000 tokens, and more are needed",
     ),
     "context longer than the validation text": (nothing, "train.py --block_size 2000", "the validation text", "2000 tokens"),
-    "no context": (nothing, "train.py --block_size 0", "block_size must be at least 1, not 0"),
+    "no context": (nothing, "train.py --block_size 0", "error: --block_size must be at least 1, not 0"),
     "no such attention": (nothing, "train.py --attn flash", "--attn must be one of fpba, mha", "not 'flash'"),
-    "no MHA to compare with": (nothing, "train.py --attn fpba --dim 8 --head_dim 16", "--attn fpba: head_dim 16 leaves no head in dim 8", "make it smaller"),
+    "no MHA to compare with": (nothing, "train.py --attn fpba --dim 8 --head_dim 16", "--attn fpba: the MHA that it is compared with: head_dim 16 leaves no head in dim 8", "make it smaller"),
     "no such preset": (nothing, "train.py --preset huge", "--preset must be one of tiny, baby", "not 'huge'"),
     "impossible model": (nothing, "train.py --dropout 2", "dropout must be in [0, 1), not 2.0"),
-    "heads that do not divide": (nothing, "train.py --attn gqa --n_kv_head 3", "n_head 4 must be a multiple of n_kv_head 3"),
-    "attention too large": (nothing, "train.py --n_head 500", "--attn mfa: no ffn_dim gives mfa MHA's", "or --no-match_params"),
+    "heads that do not divide": (nothing, "train.py --attn gqa --n_kv_head 3", "--n_head 4 must be a multiple of n_kv_head 3"),
+    "width of MHA's heads": (nothing, "train.py --head_dim 33", "--attn mfa: the MHA that it is compared with: head_dim must be even"),
+    "attention too large": (nothing, "train.py --n_head 500", "--attn mfa: no ffn_dim gives mfa MHA's", "or --no_match_params"),
     "misspelt flag": (nothing, "train.py --batchsize 8", "--batchsize", "Perhaps you meant: --batch_size"),
     "no GPU": (nothing, "train.py --device cuda:99", "--device cuda:99: not on this machine; --device auto takes what"),
     "no such device": (nothing, "train.py --device abacus", "--device abacus: not on this machine"),
@@ -606,7 +607,8 @@ def press_ctrl_c(sources: list[str], at: float, call_it) -> int:
 
     def tracer(frame, event, _):
         nonlocal reached
-        if frame.f_code.co_filename not in sources:
+        # count_params: an interrupt at the end of its `with torch.device("meta")` would leave that on for this process.
+        if frame.f_code.co_filename not in sources or frame.f_code.co_name == "count_params":
             return None
         if event == "line":
             reached += 1

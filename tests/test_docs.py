@@ -249,7 +249,7 @@ def test_the_advice_is_what_the_results_say():
     for arm in advised:  # the best of the rates that its neighbours were tried of, and the highest
         tried = measured.results.losses_by_rate("modern", arm)
         assert measured.rate(arm) == "1.0125e-2" and max(tried) == 27 / 8 and len(tried) >= 3
-    assert "with `--optimizer muon --learning_rate 1.0125e-2` and" in figures.advice()
+    assert "`train.py --optimizer muon --learning_rate 1.0125e-2` and" in figures.advice()
     results, study = measured.results, "modern"
     pool = plot.pooled_seeds(results, study, studies.MODERN)
     half = pool.half_interval(2, 2)
@@ -369,18 +369,18 @@ def line(table: str, label: str) -> list[str]:
 
 def test_the_table_counts(tmp_path):
     table = figures.table(tmp_path)  # an empty folder: nothing was measured
-    assert line(table, "MHA") == ["MHA", "`--attn mha --qk_norm`", "not measured", *"––––", *["not measured"] * 2]
+    assert line(table, "MHA") == ["MHA", "`--attn mha --qk_norm`", "not measured", *"–––", *["not measured"] * 2]
     assert "Perplexity" not in table and "Tokens/s" not in table
     assert figures.advice(tmp_path).count("not measured") == 3 * 4 + 7
 
 
 def test_the_table_takes_what_was_measured(results):
     table = figures.table(results)
-    assert line(table, "MFA")[2:] == ["12.5%", "–", "–", "–", "42.00 ± 1.41", "6,500", "0.80"]  # at the better rate
-    assert line(table, "MHA")[2:] == ["100%", "49.00", "3e-3 only", "–", "50.00", "1,000", "1.00"]
-    assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "–", "–", "60.00, 1 of 2 failed", "7,000", "–"]
-    assert line(table, "GQA")[2:] == ["25%", "–", "–", "–", "39.00", "–", "–"]  # no such share was timed
-    assert line(table, "MQA")[2:] == ["not measured", *"––––", *["not measured"] * 2]
+    assert line(table, "MFA")[2:] == ["12.5%", "–", "–", "42.00 ± 1.41", "6,500", "0.80"]  # at the better rate
+    assert line(table, "MHA")[2:] == ["100%", "49.00 at 3e-3 only", "–", "50.00", "1,000", "1.00"]
+    assert line(table, "MFA-KR, as in the paper")[2:] == ["6.25%", "–", "–", "60.00, 1 of 2 failed", "7,000", "–"]
+    assert line(table, "GQA")[2:] == ["25%", "–", "–", "39.00", "–", "–"]  # no such share was timed
+    assert line(table, "MQA")[2:] == ["not measured", *"–––", *["not measured"] * 2]
     assert "49.0" in figures.advice(results)
     assert (
         "pg-books-bpe8192, 29.9M parameters, 65.5M tokens a run" in table and "batch 32, context 16,384, one a GPU" in table

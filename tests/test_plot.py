@@ -132,7 +132,7 @@ def test_what_the_findings_say_is_in_the_results():
     assert advised == sorted(advised)
     assert "MHA {:.1f}, GQA with a quarter {:.1f}, MFA with an eighth {:.1f}, MFA-KR with a sixteenth {:.1f}.".format(*advised) in text
     ours = further("mha_norm", "mfa_norm"), further("mha_norm", "mfa_kr_half_norm")
-    assert f"at 30M and 2.2 tokens it is {ours[0]:.3f} and {ours[1]:.3f}." in text
+    assert f"at 30M and 2.2 it is {ours[0]:.3f} and {ours[1]:.3f}." in text
     assert f"MFA-KR {math.log(6.45 / 6.41):.3f} nats worse; here they are {ours[0]:.3f} and {ours[1]:.3f} worse." in text
     nats = pairs(results, "modern", "mfa_norm", "mqa_norm")
     assert len(nats) == 5 and f"five pairs of runs of one rate and seed, by {min(nats):.3f} to {max(nats):.3f} nats." in text and min(nats) > 0
@@ -159,7 +159,7 @@ def test_what_the_findings_say_is_in_the_results():
     assert len(normed) == 5 and all(max(losses) == 27 / 8 == min(losses, key=losses.get) for losses in normed)
     edge = [losses[9 / 4] - losses[27 / 8] for losses in normed]
     behind = pairs(results, "modern", "mha_norm", "mfa_norm")
-    assert f"At any rate MFA is {min(behind):.3f} to {max(behind):.3f} behind MHA." in text and len(behind) == 6
+    assert f"At every rate tried MFA is {min(behind):.3f} to {max(behind):.3f} behind MHA." in text and len(behind) == 6
     lost = [of_first[arm][9 / 4] - of_first[arm][3 / 2] for arm in ("mfa", "mqa", "gqa2")]
     assert f"by {min(edge):.3f} to {max(edge):.3f} nats (GQA, MQA: one seed)." in text
     assert f"Without it MFA, MQA and GQA lose {min(lost):.2f} to {max(lost):.2f} at 6.75e-3 already." in text
@@ -168,7 +168,7 @@ def test_what_the_findings_say_is_in_the_results():
     assert results.of("modern", "mla_deepseek")[0]["lr"] == 2e-3 and "DeepSeek's MLA is best at 2e-3." in text
     assert abs(adamw["mfa_half"] - adamw["mha"]) < 0.1 and f"it takes MFA to MHA's {adamw['mha']:.1f}. So does C = 2d" in text
     assert abs(adamw["mfa_2d"] - adamw["mha"]) < 0.1 and f"where GQA is slightly worse ({adamw['gqa2']:.1f})" in text
-    assert "With Muon the wider query brings nothing ({mfa_half:.1f}, without {mfa:.1f}; 3e-3, one seed)".format(**middle) in text
+    assert "With Muon the wider query brings nothing ({mfa_half:.1f} with it, {mfa:.1f} without; 3e-3, one seed)".format(**middle) in text
     assert f"nor does Step-3's norm on the latents with it ({middle['mfa_step3']:.1f})" in text
     assert middle["mfa"] < min(middle["mfa_half"], middle["mfa_step3"])
     by_place = [
@@ -225,8 +225,10 @@ def test_what_is_said_of_the_papers_ratio_and_of_recall_is_in_the_results():
 
     of = {arm: [behind(recipe, arm) for recipe in ("short", "muon")] for arm in ("mfa_norm", "mqa_norm", "mfa_kr_half_norm")}
     assert [*of] == sorted(of, key=lambda arm: of[arm][0]) == sorted(of, key=lambda arm: of[arm][1])  # the order stays
-    assert all(0.35 < late / early < 0.6 for early, late in of.values())  # half as large
-    assert "MFA is {:.3f} nats behind MHA, at 18.5 {:.3f}; MFA-KR {:.3f}, then {:.3f}.".format(*of["mfa_norm"], *of["mfa_kr_half_norm"]) in text
+    assert all(late / early < 0.52 for early, late in of.values())  # half as large or less
+    sentence = "MFA is {:.3f} nats behind MHA at 2.2 tokens and {:.3f} at 18.5, MFA-KR {:.3f} and {:.3f}."
+    assert sentence.format(*of["mfa_norm"], *of["mfa_kr_half_norm"]) in text
+    assert f"none of {len(list(studies.queue('ratio', done=results.done)))} runs at 30M is made yet" in text and not results.of("ratio", "muon_mfa_norm")
     broken = [row for row in rows if studies.untrained(row)]
     assert len(broken) == 1 and broken[0]["arm"] == "muon_mha_norm" and not broken[0]["diverged"]
     rose = broken[0]["curve"][-1][1] - broken[0]["curve"][-2][1]
@@ -239,8 +241,8 @@ def test_what_is_said_of_the_papers_ratio_and_of_recall_is_in_the_results():
     costs = plot.words_by_arm(results, plot.words.read(plot.words.RESULTS))
     shares = [[100 * plot.words.mean_of(found) for found in costs["ratio_7m", f"muon_{arm}"].blimp] for arm in arms]
     every = sum(shares, [])
-    assert f"BLiMP is at {min(every):.0f}% to {max(every):.0f}% for all" in text
-    assert f"seeds lie up to {max(max(of) - min(of) for of in shares):.1f} apart" in text
+    assert f"BLiMP (chance: 50%) is at {min(every):.0f}% to {max(every):.0f}% for all" in text
+    assert f"seeds up to {max(max(of) - min(of) for of in shares):.1f} apart" in text
 
     def loss(recipe, arm, part):
         return statistics.mean(found[part][1] for found in costs["ratio_7m", f"{recipe}_{arm}"].recall)
@@ -313,7 +315,7 @@ def test_what_is_said_of_training_and_prefill_is_in_the_results():
     assert f"and at {of[long, 'train']:.2f} at 1B with a context of 8,192, where its wider heads ask for {more:.0%} more operations" in text
     gqa = {shape: rows[shape, "prefill", "gqa2"]["of_mha"] for shape in ("124M", "1B", long)}
     ours, theirs = ([f"{of:.2f}" for of in all] for all in ((of[shape, "prefill"] for shape in gqa), gqa.values()))
-    assert "prefill runs at {}, {} and {}, GQA's at {}, {} and {}.".format(*ours, *theirs) in text
+    assert "prefill runs at {}, {} and {} (124M, 1B, 1B at 8,192), GQA's at {}, {} and {}.".format(*ours, *theirs) in text
     free = [row["of_mha"] for (shape, _, arm), row in rows.items() if arm in ("mqa", "gqa2") and shape != "30M"]
     assert min(free) > 0.97  # they train as fast as MHA
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

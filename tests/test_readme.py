@@ -69,6 +69,7 @@ NOT_RUN = {
     "torchrun --nnodes=8 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=HOST train.py --preset paper-7b "
     "--tokenizer gpt2 --dataset wikitext-2 --shard --checkpoint_blocks --grad_accum 7 --resume": "needs eight machines",
     "python experiments/bench/training.py --nanogpt FOLDER --part small": "needs a checkout of nanoGPT and a GPU",
+    "python experiments/study/run.py --study modern": "needs the text of pg-books, and an hour of a GPU",
     "python experiments/study/run.py --study all --source DIR": "needs the text of pg-books, and hours of a GPU",
     "python experiments/study/run.py --study figure1 --dataset wikitext-2": "needs a download, and hours of a GPU",
     "python experiments/study/run.py --study all --smoke": "tests/test_run.py does it",

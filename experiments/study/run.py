@@ -59,7 +59,7 @@ from experiments.study.studies import (
 )
 from mfa import GPT, at_least_float32, cache_bytes, evaluating
 from prepare_data import load, prepare
-from support.cli import run_command
+from support.cli import BadInput, run_command
 from support.corpora import DATA
 from support.files import sha256_of, write_atomically
 from support.machine import Machine, attention_kernels, can_compile, pick_device
@@ -658,6 +658,8 @@ def prepare_text(args: Args, study: str) -> Path:
 def main(args: Args) -> None:
     require_positive(args, "jobs", "limit_seconds", "guess_seconds")
     device = pick_device(args.device)
+    if args.keep and args.keep.is_file():
+        raise BadInput(f"--keep {args.keep}: is a file, give a folder")
     path = args.results or (ROOT / "out" / "smoke.jsonl" if args.smoke else RESULTS)
     if args.smoke and not args.results and not args.dry_run:
         path.unlink(missing_ok=True)

@@ -67,7 +67,6 @@ GRID = (5 / 7, 1, 10 / 7)  # at 30M 1e-3, 1.4e-3, 2e-3
 MUON_GRID = (2 / 3, 1, 3 / 2, 9 / 4, 27 / 8)  # 2e-3, 3e-3, 4.5e-3, 6.75e-3, 1.01e-2; see queue()
 BROKEN = 0.03  # nats that a loss rises by in the last eighth of a run, see untrained()
 BEST = ()  # in QUEUE: the best of them so far
-TOO_HIGH = 20 / 7  # 4e-3, which the first three arms do not stand
 
 
 class Arm(NamedTuple):
@@ -312,8 +311,10 @@ STUDIES = dict(
 # (study, arms, learning rates as factors of the size's, seeds)
 ROTATED = ("pre", "post", "inverse")
 AT_ONE_RATE = ("table6", "length", "question_a", "why", "figure3", "question_b")
-MUON_ARMS, ADAMW_ARMS = tuple(RATIO)[:6], tuple(RATIO)[6:]
-ADAMW_7M, SHORT_7M = tuple(RATIO_7M)[6:10], tuple(RATIO_7M)[10:]
+MUON_ARMS = tuple(arm for arm in RATIO if arm.startswith("muon"))  # of RATIO_7M, too
+ADAMW_ARMS = tuple(arm for arm in RATIO if arm.startswith("adamw"))
+ADAMW_7M = tuple(arm for arm in RATIO_7M if arm.startswith("adamw"))
+SHORT_7M = tuple(arm for arm in RATIO_7M if arm.startswith("short"))
 HEADS_30M = tuple(f"{arm}_30m" for arm in HEADS_CORE)
 HEADS_7M = tuple(arm for arm in MUON_HEADS if arm not in HEADS_30M)
 QUEUE = [
@@ -416,7 +417,8 @@ def queue(
                 best = best_so_far(name, arm, done, toy)
                 for factor in factors or [best]:
                     run = run_for(name, arm, factor, seed, toy)
-                    if run in seen or run not in done and is_far(factor, best, grid_of(name, arm)):
+                    too_far = run not in done and is_far(factor, best, grid_of(name, arm))
+                    if run in seen or too_far:
                         continue
                     seen.add(run)
                     yield Task(name, arm, run)
@@ -527,7 +529,8 @@ def untrained(row: dict) -> bool:
     """Is the loss no longer finite, at the end no lower than at first, or higher than an eighth
     before? The rate falls to 0 there: something broke."""
     curve = [loss for _, loss in row["curve"]]
-    return row["diverged"] or len(curve) > 1 and curve[-1] >= min(curve[0], curve[-2] + BROKEN)
+    rose = len(curve) > 1 and curve[-1] >= min(curve[0], curve[-2] + BROKEN)
+    return row["diverged"] or rose
 
 
 def grid_of(study: str, arm: str) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ from support.files import sha256_of
 from support.machine import Machine, attention_kernels
 from support.provenance import ROOT, provenance, read_jsonl
 from support.run_folder import append_line, drop_cut_line, model_from
-from support.shipped import open_checkpoint
+from support.shipped import open_checkpoint, path_of
 from support.tokenizers import Tokenizer, start_of_text, tokenizer_from
 from train import take, to_device
 
@@ -155,7 +155,7 @@ def times_in(ids: Tensor, wanted: Tensor, n_vocab: int, device: torch.device) ->
 @torch.no_grad()
 def recall(model: GPT, train_ids: Tensor, val_ids: Tensor, device: torch.device) -> dict:
     """Tokens and mean loss, over windows side by side, of the pairs that the window has had before
-    (seen), of those that are rare in the training text (rare), and of the others (new).
+    (seen), of those of them that are rare in the training text (rare), and of the others (new).
 
     distance: [d, tokens, loss, rare tokens, rare loss] of pairs seen d to 2 d - 1 tokens ago.
     """
@@ -177,16 +177,15 @@ def recall(model: GPT, train_ids: Tensor, val_ids: Tensor, device: torch.device)
             bins = bins + n_bin * rare[torch.searchsorted(wanted, pairs)].flatten()
             count += torch.bincount(bins, minlength=2 * n_bin).cpu()
             total += torch.bincount(bins, losses.double(), minlength=2 * n_bin).cpu()
-    count, total = count.view(2, n_bin), total.view(2, n_bin)
+    count, total = count.view(2, n_bin), total.view(2, n_bin)  # [rare or not, distance]
 
     def mean(*where) -> list:
         n = count[where].sum().item()
         return [int(n), total[where].sum().item() / n if n else None]
 
-    every, is_rare = slice(None), 1
-    by = [[1 << i, *mean(every, i + 1), *mean(is_rare, i + 1)] for i in range(n_bin - 1)]
-    later = slice(1, None)
-    parts = dict(new=mean(every, 0), seen=mean(every, later), rare=mean(is_rare, later))
+    both, is_rare, seen = slice(None), 1, slice(1, None)
+    by = [[1 << i, *mean(both, i + 1), *mean(is_rare, i + 1)] for i in range(n_bin - 1)]
+    parts = dict(new=mean(both, 0), seen=mean(both, seen), rare=mean(is_rare, seen))
     return dict(**parts, distance=[line for line in by if line[1]])
 
 
@@ -227,6 +226,8 @@ def main(args: Args) -> None:
         raise BadInput("--blimp or --data: give one of them, or both, or nothing is measured")
     done = read(args.results)
     pairs = read_blimp(args.blimp) if args.blimp else []
+    if args.data and not (args.data / "meta.json").is_file():
+        raise BadInput(f"--data {args.data}: has no meta.json; give a folder of prepare_data.py")
     *texts, meta = load(args.data) if args.data else (None,)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     drop_cut_line(args.results)
@@ -234,7 +235,7 @@ def main(args: Args) -> None:
         device = machine.device
         texts = [to_device(ids, device) for ids in texts]
         for path in checkpoints_in(args.checkpoint):
-            checkpoint = open_checkpoint(path)
+            path, checkpoint = path_of(path), open_checkpoint(path)
             if meta and meta["tokenizer"] != checkpoint["tokenizer"]:
                 raise BadInput(f"--data {args.data}: has other tokens than {path} was trained on")
             tokenizer = tokenizer_from(checkpoint["tokenizer"], path)
