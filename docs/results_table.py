@@ -254,8 +254,8 @@ def conditions(found: list[Arm], measured: Measured) -> list[str]:
         heads = "MHA has 8 heads of d = 64 here, so MQA keeps an eighth; with 16 heads, as in the"
         heads += " drawing and in the paper's 1B, a sixteenth"
         heads += ". The flags are for that shape, at dim 512 and with the norm; add `--optimizer"
-        heads += " muon` and the `--learning_rate`, the best of two to five where it is not the only"
-        heads += " one tried."
+        heads += " muon` and the `--learning_rate`, the best of two to five where it is not the"
+        heads += " only one tried."
         heads += (
             " DeepSeek's MLA has a norm on its latent, with AdamW too, and begins with DeepSeek's"
         )

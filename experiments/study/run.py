@@ -57,6 +57,7 @@ from experiments.study.studies import (
     results_by_run,
     row_of,
 )
+from experiments.study.words import token_losses, windows
 from mfa import GPT, at_least_float32, cache_bytes, evaluating
 from prepare_data import load, prepare
 from support.cli import BadInput, run_command
@@ -204,18 +205,12 @@ def loss_by_position(model: GPT, ids: Tensor, machine: Machine) -> list[list]:
     [[p, mean loss], ...] over positions p to 2p - 1.
     """
     T = model.cfg.block_size
-    n_window = (len(ids) - 1) // T
-    rows = max(1, 16384 // T)  # windows at a time
     total = torch.zeros(T, device=machine.device)
     with evaluating(model):
-        for first in range(0, n_window, rows):
-            starts = torch.arange(first, min(first + rows, n_window)) * T
-            tokens = take(ids, starts, T + 1, machine.device)  # (B, T + 1)
+        for tokens in windows(ids, T, machine.device):  # (B, T + 1)
             with machine.autocast():
-                logits = model(tokens[:, :-1])[0]  # (B, T, vocab_size)
-            loss = F.cross_entropy(logits.float().mT, tokens[:, 1:], reduction="none")  # (B, T)
-            total += loss.sum(0)  # (T,)
-    mean = (total / n_window).tolist()
+                total += token_losses(model, tokens, tokens).sum(0)  # (T,)
+    mean = (total / ((len(ids) - 1) // T)).tolist()
     edges = [0, *(1 << i for i in range(T.bit_length() - 1)), T]  # 0, 1, 2, 4, ... T / 2, T
     return [[a, sum(mean[a:b]) / (b - a)] for a, b in itertools.pairwise(edges)]
 

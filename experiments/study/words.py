@@ -17,6 +17,7 @@ appended to results/words.jsonl, and not measured again where the file's sha256 
 import json
 import lzma
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def token_losses(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     """(B, T + 1) twice -> (B, T), in nats; 0 where the target is -1."""
     logits = at_least_float32(model(tokens[:, :-1])[0])  # (B, T, vocab_size)
     return F.cross_entropy(logits.mT, targets[:, 1:], ignore_index=-1, reduction="none")
+
+
+def windows(ids: Tensor, T: int, device: torch.device) -> Iterator[Tensor]:
+    """The text ids (tokens,) in windows side by side, as many as TOKENS takes: (B, T + 1).
+
+    Each begins with the last token of the one before.
+    """
+    n_window, rows = (len(ids) - 1) // T, max(1, TOKENS // T)
+    for first in range(0, n_window, rows):
+        starts = torch.arange(first, min(first + rows, n_window)) * T
+        yield take(ids, starts, T + 1, device)
 
 
 @torch.no_grad()
@@ -160,17 +172,14 @@ def recall(model: GPT, train_ids: Tensor, val_ids: Tensor, device: torch.device)
     distance: [d, tokens, loss, rare tokens, rare loss] of pairs seen d to 2 d - 1 tokens ago.
     """
     T, n_vocab = model.cfg.block_size, model.cfg.vocab_size
-    n_window = (len(val_ids) - 1) // T
-    rows, n_bin = max(1, TOKENS // T), T.bit_length() + 1
+    n_bin = T.bit_length() + 1
     text = take(val_ids, torch.zeros(1, dtype=torch.long), len(val_ids), device)[0]  # (tokens,)
     wanted = pairs_of(text, n_vocab).unique()  # (K,)
     rare = times_in(train_ids, wanted, n_vocab, device) <= RARE  # (K,)
     # By rare or not, and by distance: 0 for new, 1 + i for 2^i to 2^(i + 1) - 1.
     count, total = (torch.zeros(2 * n_bin, dtype=torch.float64) for _ in range(2))
     with evaluating(model):
-        for first in range(0, n_window, rows):
-            starts = torch.arange(first, min(first + rows, n_window)) * T
-            tokens = take(val_ids, starts, T + 1, device)  # (B, T + 1)
+        for tokens in windows(val_ids, T, device):  # (B, T + 1)
             pairs = pairs_of(tokens, n_vocab)  # (B, T)
             losses = token_losses(model, tokens, tokens).flatten()  # (B*T,)
             bins = distances(pairs).double().frexp().exponent.flatten()  # (B*T,): 1 + log2, or 0
