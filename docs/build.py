@@ -229,14 +229,14 @@ def perplexity(folder: Path, study: str = "figure1", recipe: str = "") -> str:
             statistics.mean(mha.ppl) < statistics.mean(mfa.ppl),
         )
         ahead, how = (
-            (f"on average {mha.name} is better than {at}", "unlike")
+            (f"On average {mha.name} is better than {at}", "unlike")
             if lower
-            else (f"on average {mha.name} is worse than {at}", "as")
+            else (f"On average {mha.name} is worse than {at}", "as")
         )
         so_far = f"{len(found)} of {len(planned)} models so far" + (
             ", not all with three rates and seeds" if few else ""
         )
-        note = f"{so_far}: {ahead}, {how} in the paper. {note}"
+        note = f"{ahead}, {how} in the paper. {so_far}. {note}"
     rows = [row for arm in found for row in arm.rows]
     if lost := sum(map(figures.untrained, rows)):
         note += f" {lost} of {len(rows)} runs failed, and {'is' if lost == 1 else 'are'} left out."
