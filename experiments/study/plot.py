@@ -271,6 +271,8 @@ def status_part(results: Results) -> str:
     runs = [task.run for task in queue("all", results.toy, results.done)]
     made = sum(run in results.done for run in runs)
     together = f"Together {len(runs)} runs, since studies share some; {made} are made."
+    if more := len(results.done) - made:
+        together += f" {more} more are at rates that are not in the plan."
     return table(["study", "runs", "made", "of them failed"], body) + "\n\n" + together
 
 
