@@ -419,8 +419,8 @@ plt.show()
 rows = studies.read_results(studies.RESULTS)
 results = Results(rows)  # by run; those on another text are left out
 if rows:
-    lost = sum(map(studies.untrained, results.done.values()))  # not finite, or no better at the end than early on
-    print(f"{len(results.done)} runs on books, {lost} of which failed; {len(rows) - len(results.done)} on other texts")
+    lost = sum(map(studies.untrained, rows))  # not finite, no better at the end than early on, or worse than just before
+    print(f"{len(rows)} runs, {lost} of which failed; {len(results.done)} that differ")
 else:
     print("experiments/results/study.jsonl is not there yet, so the cells below show the paper's figures alone.")
     print("To make it: python experiments/study/run.py --study figure1 (a GPU; many hours on a CPU)")
@@ -521,7 +521,7 @@ plt.show()
 # products of matrices, MLA and MFA, pass GQA and MQA. *Caveat:* as long as a row of Muon has no ±, it is one seed, of some at
 # one rate.
 #
-# A norm on query and key (`qk_norm`) makes them cross back: it gains MHA and GQA twice as much as MFA, and then quality follows
+# A norm on query and key (`qk_norm`) makes GQA pass MFA again: it gains MHA and GQA twice as much, and then quality follows
 # the cache. The paper has 18.5 tokens a parameter. More tokens make the distances smaller, and with this
 # recipe so do more parameters.
 

@@ -79,7 +79,7 @@ class Results:
     """
 
     def __init__(self, rows: list[dict], dataset: str = "", toy: bool = False):
-        self.done, self.toy = results_by_run(rows, dataset), toy
+        self.rows, self.done, self.toy = rows, results_by_run(rows, dataset), toy
 
     def run(self, study: str, arm: str, factor: float = 1) -> Run:
         """The run of the first seed."""
@@ -266,7 +266,7 @@ def status_part(results: Results) -> str:
     for study in STUDIES:
         runs = [task.run for task in queue(study, results.toy, results.done)]
         made = [results.done[run] for run in runs if run in results.done]
-        lost = sum(map(untrained, made))
+        lost = sum(untrained(row) for row in results.rows if row["study"] == study)
         body.append([study, str(len(runs)), str(len(made)), str(lost)])
     runs = [task.run for task in queue("all", results.toy, results.done)]
     made = sum(run in results.done for run in runs)

@@ -541,7 +541,7 @@ def grid_of(study: str, arm: str) -> tuple[float, ...]:
 def losses_by_rate(
     study: str, arm: str, done: dict[Run, dict], toy: bool = False
 ) -> dict[float, dict[int, float | None]]:
-    """For each factor of its grid that was trained: the loss by seed, None where it diverged.
+    """For each factor of its grid that was trained: the loss by seed, None where it failed.
 
     Of the seeds that all of these have.
     """
@@ -549,7 +549,11 @@ def losses_by_rate(
     runs = {(f, seed): run_for(study, arm, f, seed, toy) for f in grid for seed in SEEDS}
     factors = [f for f in grid if runs[f, 0] in done]
     seeds = [seed for seed in SEEDS if all(runs[f, seed] in done for f in factors)]
-    return {f: {seed: done[runs[f, seed]]["val_loss"] for seed in seeds} for f in factors}
+    rows = {f: {seed: done[runs[f, seed]] for seed in seeds} for f in factors}
+    return {
+        f: {seed: None if untrained(row) else row["val_loss"] for seed, row in by.items()}
+        for f, by in rows.items()
+    }
 
 
 def best_rate(study: str, arm: str, done: dict[Run, dict], toy: bool = False) -> float | None:
