@@ -433,7 +433,7 @@ def full_size(tmp_path, monkeypatch):
         return {
             k: v
             for k, v in row(studies.Task("", "", r), 3.7).items()
-            if k in ("val_loss", "ppl", "seconds", "diverged", "params")
+            if k in ("val_loss", "ppl", "seconds", "diverged", "params", "curve")
         }
 
     @contextlib.contextmanager
