@@ -228,7 +228,7 @@ def test_what_is_said_of_the_papers_ratio_and_of_recall_is_in_the_results():
 
     of = {arm: [behind(recipe, arm) for recipe in ("short", "muon")] for arm in ("mfa_norm", "mqa_norm", "mfa_kr_half_norm")}
     assert [*of] == sorted(of, key=lambda arm: of[arm][0]) == sorted(of, key=lambda arm: of[arm][1])
-    assert all(late / early < 0.52 for early, late in of.values())  # about half as large
+    assert all(0.35 < late / early < 0.52 for early, late in of.values())  # about half as large
     sentence = "MFA is {:.3f} nats behind MHA at 2.2 tokens and {:.3f} at 18.5, MFA-KR {:.3f} and {:.3f}."
     assert sentence.format(*of["mfa_norm"], *of["mfa_kr_half_norm"]) in text
     assert f"none of {len(list(studies.queue('ratio', done=results.done)))} runs at 30M is made yet" in text and not results.of("ratio", "muon_mfa_norm")

@@ -26,6 +26,7 @@ from experiments.paper.tables import FIGURE1_MLA
 from experiments.probes import copying, many_gpus, rounding
 from experiments.study import conversion, words
 from experiments.study.studies import (
+    ADAMW_7M,
     BEST_KR,
     FIGURE1,
     FIGURE3,
@@ -36,7 +37,6 @@ from experiments.study.studies import (
     MUON_GRID,
     QUESTION_A,
     QUEUE,
-    RATIO_7M,
     RATIOS,
     RESULTS,
     SEEDS,
@@ -265,9 +265,9 @@ def status_part(results: Results) -> str:
     body = []
     for study in STUDIES:
         runs = [task.run for task in queue(study, results.toy, results.done)]
-        made = [results.done[run] for run in runs if run in results.done]
+        made = sum(run in results.done for run in runs)
         lost = sum(untrained(row) for row in results.rows if row["study"] == study)
-        body.append([study, str(len(runs)), str(len(made)), str(lost)])
+        body.append([study, str(len(runs)), str(made), str(lost)])
     runs = [task.run for task in queue("all", results.toy, results.done)]
     made = sum(run in results.done for run in runs)
     together = f"Together {len(runs)} runs, since studies share some; {made} are made."
@@ -1103,9 +1103,9 @@ ADAMW_AT_RATIO = {  # in RATIOS
     "adamw_mfa_kr": ("MFA-KR, pre", "right"),
 }
 MUON_AT_RATIO = {f"muon_{arm}": label for arm, label in WITH_NORM.items()}
-SHORT, LONG = "30M, 2.2 tokens a parameter", "7M, the paper's 18.5 a parameter"
+SHORT, LONG = "2.2 tokens a parameter", "the paper's 18.5 a parameter"
 PANELS = {  # two a row: one recipe, at 65M tokens and at the paper's ratio
-    f"AdamW, {SHORT}": ("figure1", {
+    f"AdamW, 30M, {SHORT}": ("figure1", {
         "mha": ("MHA", "left"),
         "gqa2": ("GQA, 2 heads", "right"),
         "mfa_2d": ("MFA, C = 2d", "right"),
@@ -1115,10 +1115,10 @@ PANELS = {  # two a row: one recipe, at 65M tokens and at the paper's ratio
         "mfa_half": ("MFA, wider query", "below"),
         "mfa_kr": ("MFA-KR, pre", "right"),
     }),
-    f"AdamW, {LONG}": ("ratio_7m", {a: at for a, at in ADAMW_AT_RATIO.items() if a in RATIO_7M}),
-    f"Muon and a norm, {SHORT}": ("modern", WITH_NORM),
-    f"Muon and a norm, {LONG}": ("ratio_7m", MUON_AT_RATIO),
-    f"Muon without a norm, {SHORT}": ("modern", {
+    f"AdamW, 7M, {LONG}": ("ratio_7m", {a: ADAMW_AT_RATIO[a] for a in ADAMW_7M}),
+    f"Muon and a norm, 30M, {SHORT}": ("modern", WITH_NORM),
+    f"Muon and a norm, 7M, {LONG}": ("ratio_7m", MUON_AT_RATIO),
+    f"Muon without a norm, 30M, {SHORT}": ("modern", {
         "mha": ("MHA", "left"),
         "gqa2": ("GQA, 2 heads", "right"),
         "mla_joint": ("MLA, joint", "right"),
@@ -1127,8 +1127,8 @@ PANELS = {  # two a row: one recipe, at 65M tokens and at the paper's ratio
         "mfa_kr": ("MFA-KR, pre", "right"),
         "mqa_16": ("MQA, 16 narrower heads", "right"),
     }),
-    f"AdamW, {LONG.replace('7M', '30M')}": ("ratio", ADAMW_AT_RATIO),
-    f"Muon and a norm, {LONG.replace('7M', '30M')}": ("ratio", MUON_AT_RATIO),
+    f"AdamW, 30M, {LONG}": ("ratio", ADAMW_AT_RATIO),
+    f"Muon and a norm, 30M, {LONG}": ("ratio", MUON_AT_RATIO),
 }  # fmt: skip
 
 
