@@ -339,6 +339,7 @@ QUEUE = [
     ("ratio_7m", ADAMW_7M[:2], GRID, (0,)),
     ("ratio_7m", MUON_ARMS, BEST, SEEDS[:2]),
     ("ratio_7m", ADAMW_7M, BEST, SEEDS),
+    ("ratio", ("muon_mha_norm", "muon_mfa_norm", f"muon_{BEST_KR}"), BEST, (0,)),
     ("ratio", MUON_ARMS[:4], BEST, (0,)),
     ("ratio", MUON_ARMS[:4], BEST, SEEDS[:2]),
     ("ratio", MUON_ARMS, BEST, (0,)),
