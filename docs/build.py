@@ -189,7 +189,7 @@ def html_table(head: list[str], rows: list[list[str]], name: str = "") -> str:
 COMPARED = {
     "figure1": ("mha", "mfa"),
     "modern": ("mha_norm", "mfa_norm"),
-    "ratio_7m": ("muon_mha_norm", "muon_mfa_norm"),
+    **dict.fromkeys(figures.RATIOS, ("muon_mha_norm", "muon_mfa_norm")),
 }
 
 
@@ -224,15 +224,11 @@ def perplexity(folder: Path, study: str = "figure1", recipe: str = "") -> str:
     mha, mfa = (by_name.get(planned[arm].name) for arm in COMPARED[study])
     few = min(len(arm.ppl) for arm in found) < 3
     if mha and mfa and (len(found) < len(planned) or few):
-        at, lower = (
-            f"{mfa.name.partition(', C =')[0]} at {100 * mfa.share:.3g}% of its cache",
-            statistics.mean(mha.ppl) < statistics.mean(mfa.ppl),
-        )
-        ahead, how = (
-            (f"On average {mha.name} is better than {at}", "unlike")
-            if lower
-            else (f"On average {mha.name} is worse than {at}", "as")
-        )
+        at = f"{mfa.name.partition(', C =')[0]} at {100 * mfa.share:.3g}% of its cache"
+        lower = statistics.mean(mha.ppl) < statistics.mean(mfa.ppl)
+        average = "On average " if len(mha.ppl + mfa.ppl) > 2 else ""
+        than, how = ("better", "unlike") if lower else ("worse", "as")
+        ahead = f"{average}{mha.name} is {than} than {at}"
         so_far = f"{len(found)} of {len(planned)} models so far" + (
             ", not all with three rates and seeds" if few else ""
         )
@@ -438,7 +434,8 @@ def values(folder: Path) -> dict[str, str]:
         "live": live(),
         "perplexity": perplexity(folder),
         "perplexity_muon": perplexity(folder, "modern"),
-        "perplexity_ratio": perplexity(folder, "ratio_7m", "muon"),
+        "perplexity_ratio": perplexity(folder, "ratio", "muon"),
+        "perplexity_ratio_7m": perplexity(folder, "ratio_7m", "muon"),
         "speed": speed(folder),
         "profile": profile(folder),
         "pre_torch": step_time(folder, "pre", "sdpa"),
@@ -446,7 +443,8 @@ def values(folder: Path) -> dict[str, str]:
         "post_kernel": step_time(folder, "post", "triton"),
         "largest_batch": largest_batch(folder),
         **training_and_prefill(folder),
-        **figures.recalled(folder),
+        **figures.recalled(folder, "ratio"),
+        **{f"{name}_7m": cost for name, cost in figures.recalled(folder, "ratio_7m").items()},
     }
 
 

@@ -23,7 +23,7 @@ from experiments.bench.decoding import quickest  # noqa: E402
 from experiments.paper.tables import FIGURE1_MLA  # noqa: E402, F401 (the page asks for it)
 from experiments.study import words  # noqa: E402
 from experiments.study.plot import Results, outcome, spread, words_by_arm  # noqa: E402
-from experiments.study.studies import BEST_KR, STUDIES, read_results, untrained  # noqa: E402
+from experiments.study.studies import BEST_KR, RATIOS, STUDIES, read_results, untrained  # noqa: E402, F401
 from experiments.study.studies import Arm as Planned  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
@@ -118,14 +118,14 @@ def arms(study: str, folder: Path = RESULTS, recipe: str = "") -> list[Arm]:
     return sorted((arm for arm in every if arm.rows), key=lambda arm: -arm.share)
 
 
-def recalled(folder: Path) -> dict[str, str]:
+def recalled(folder: Path, study: str) -> dict[str, str]:
     """Loss on pairs of tokens that the context has had and that are rare in training, in nats."""
     results = Results(read_results(folder / "study.jsonl"))
     costs = words_by_arm(results, words.read(folder / words.RESULTS.name))
     names = dict(mha="mha_norm", mfa="mfa_norm", kr=BEST_KR)
     found = {}
     for name, arm in names.items():
-        cost = costs.get(("ratio_7m", f"muon_{arm}"))
+        cost = costs.get((study, f"muon_{arm}"))
         losses = [each["rare"][1] for each in cost.recall if each["rare"][0]] if cost else []
         found[f"rare_{name}"] = f"{statistics.mean(losses):.1f}" if losses else MISSING
     return found
@@ -170,9 +170,9 @@ class Measured:
         muon = [self.arm("modern", arm) for arm in (model.norm, model.plain)]
         return [*muon, self.arm("figure1", model.adamw)]
 
-    def ppl(self, muon: str) -> str:
-        arm = self.arm("modern", muon)
-        return f"{statistics.mean(arm.ppl):.1f}" if arm and arm.ppl else MISSING
+    def ppl(self, muon: str, study: str = "modern", missing: str = MISSING) -> str:
+        arm = self.arm(study, muon)
+        return f"{statistics.mean(arm.ppl):.1f}" if arm and arm.ppl else missing
 
     def rate(self, muon: str) -> str:
         """The peak rate that was best for Muon, and whether it was the only one."""
@@ -303,12 +303,13 @@ def advice(folder: Path = RESULTS) -> str:
     rates = {measured.rate(model.muon) for _, _, model, _ in rows}
     rate = f" --learning_rate {rates.pop()}" if len(rates) == 1 and "–" not in rates else ""
     head = f"| your cache, of MHA's | take | `train.py --optimizer muon{rate}` and (at dim 512) "
-    head += "| perplexity, 30M | decodes 1B, MHA = 1 | trains | |"
-    lines = [head, "|---|---|---|---:|---:|---:|---|"]
+    head += "| perplexity, 30M, 66M tokens | 555M tokens | decodes 1B, MHA = 1 | trains | |"
+    lines = [head, "|---|---|---|---:|---:|---:|---:|---|"]
     for budget, take, model, why in rows:
         arms = [arm for arm in measured.arms(model) if arm]
         speeds = measured.of_mha(model.attn), measured.training(arms) if arms else MISSING
-        cells = [budget, take, flags(model.planned), ppl(model.muon), *speeds, why]
+        ppls = ppl(model.muon), ppl(f"muon_{model.muon}", "ratio", "–")
+        cells = [budget, take, flags(model.planned), *ppls, *speeds, why]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

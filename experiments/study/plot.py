@@ -921,11 +921,11 @@ def words_plot(results: Results, measured: dict) -> Figure | None:
         return None
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     grammar, recalled, distance = figure.subplots(1, 3)
-    most = max(cost.rows[0]["tokens"] for cost in costs.values())
+    lengths = sorted({cost.rows[0]["tokens"] for cost in costs.values()}, reverse=True)
     for (study, arm), cost in costs.items():
         adamw = STUDIES[study][arm].optimizer == "adamw"
-        pale = cost.rows[0]["tokens"] < most
-        look = look_of_arm(study, arm) | dict(alpha=0.4 if pale else 1)
+        place = lengths.index(cost.rows[0]["tokens"])  # 0: the longest runs
+        look = look_of_arm(study, arm) | dict(alpha=(1, 0.5, 0.25)[min(place, 2)])
         look |= dict(markerfacecolor="none") if adamw else {}
         share = sizes_of(results.run(study, arm)).cache_share
         rare = [found["rare"][1] for found in cost.recall if found["rare"][0]]
@@ -937,14 +937,14 @@ def words_plot(results: Results, measured: dict) -> Figure | None:
         mha = costs.get((study, mha_beside(study, arm)))
         by, of_mha = recall_by_distance(cost.recall), recall_by_distance(mha.recall if mha else [])
         places = [d for d in by if d in of_mha]
-        line = dict(markersize=5, label=title_of(study, arm))
+        line = dict(markersize=5, label=title_of(study, arm), linestyle=":" if place > 1 else "-")
         if places:
             distance.plot(places, [by[d] - of_mha[d] for d in places], **look, **line)
     for ax in (grammar, recalled):
         ax.set_xscale("log", base=2)
         ax.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "all"])
         ax.set_xlabel("KV cache, share of MHA's")
-    figure.suptitle("a point a seed; hollow: AdamW; pale: fewer tokens", fontsize=10)
+    figure.suptitle("a point a seed; hollow: AdamW; the paler, the fewer tokens", fontsize=10)
     grammar.set_ylabel("BLiMP, %")
     recalled.set_ylabel("loss where the pair is seen, and rare in training")
     distance.set_xscale("log", base=2)
