@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt
 from experiments.study import studies
 import torch
 from nb import COLOR, MARKER, NAME, close
-from experiments.study.plot import Results, difference, outcome
+from experiments.study.plot import Results, behind_mha, difference, outcome
 
 from mfa import ATTENTION, Config, cache_bytes, preset
 from train import count_params, match_params
@@ -526,16 +526,13 @@ plt.show()
 # recipe so do more parameters: with both MFA is 0.01 nats behind MHA, and MFA-KR 0.02 (the lowest line, one seed).
 
 # %%
-normed = ("mha_norm", "gqa2_norm", "mfa_norm", studies.BEST_KR)  # all of the cache, a quarter, an eighth, a sixteenth
-for study, recipe in (("ratio_7m", "short_"), ("ratio_7m", "muon_"), ("modern", ""), ("ratio", "muon_")):
-    arms = [recipe + arm for arm in normed if recipe + arm in studies.STUDIES[study]]
-    found = [rows for arm in arms if (rows := results.trained(study, arm))]
-    if len(found) > 1 and results.trained(study, arms[0]):  # not all are made
-        losses = [statistics.mean(row["val_loss"] for row in rows) for rows in found]
-        shares, first = [rows[0]["cache_share"] for rows in found], found[0][0]
-        label = f"{first['params'] / 1e6:.0f}M, {first['tokens'] / first['params']:.1f} tokens a parameter"
-        plt.plot(shares, [loss - losses[0] for loss in losses], marker="o", label=label)
-        assert losses == sorted(losses) and shares == sorted(shares, reverse=True)
+lines = behind_mha(results)
+for label, points in lines.items():
+    shares, nats = [point.cache_share for point in points], [point.nats for point in points]
+    plt.plot(shares, nats, marker="o", label=label)
+    assert nats == sorted(nats) and shares == sorted(shares, reverse=True)
+last = [points[-1].nats for points in lines.values()]  # of MFA-KR
+assert last == sorted(last, reverse=True)  # more tokens, then more parameters, then both
 plt.xscale("log", base=2), plt.xlabel("cache, of MHA's"), plt.ylabel("nats worse than MHA, all with a norm"), plt.legend()
 plt.show()
 

@@ -244,6 +244,10 @@ def test_what_is_said_of_the_papers_ratio_and_of_recall_is_in_the_results():
     assert "MFA is {:.3f} nats behind MHA and MFA-KR {:.3f}, half of what they are at 2.2.".format(*close) in readme
     early = [statistics.mean(row["val_loss"] for row in results.trained("modern", arm)) for arm in ("mha_norm", "mfa_norm", "mfa_kr_half_norm")]
     assert all(0.4 < now / (then - early[0]) < 0.55 for now, then in zip(close, early[1:], strict=True))
+    lines = plot.behind_mha(results)  # of the README's figure
+    assert [point.nats for point in lines["30M, 18.6 tokens a parameter, one seed"][1:]] == pytest.approx(close)
+    assert [point.nats for point in lines["7M, 2.2 tokens a parameter"][1:]] == pytest.approx([of[arm][0] for arm in ("mfa_norm", "mfa_kr_half_norm")])
+    assert len(lines) == 4 and all(points[0].nats == 0 for points in lines.values())
     broken = [row for row in rows if studies.untrained(row)]
     assert len(broken) == 1 and broken[0]["arm"] == "muon_mha_norm" and not broken[0]["diverged"]
     rose = broken[0]["curve"][-1][1] - broken[0]["curve"][-2][1]

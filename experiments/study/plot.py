@@ -1215,6 +1215,72 @@ def look_of(attn: str) -> dict:
     return dict(color=COLOR[plain], marker=MARKER[plain], markerfacecolor=face)
 
 
+# All of the cache, a quarter, an eighth, a sixteenth; and the studies that have them.
+BY_CACHE = {"mha_norm": "MHA", "gqa2_norm": "GQA", "mfa_norm": "MFA", BEST_KR: "MFA-KR"}
+BY_LENGTH = (("ratio_7m", "short_"), ("ratio_7m", "muon_"), ("modern", ""), ("ratio", "muon_"))
+
+
+class Behind(NamedTuple):
+    """A model beside MHA, both with Muon and a norm."""
+
+    name: str
+    attn: str
+    cache_share: float
+    nats: float  # worse than MHA
+
+
+def behind_mha(results: Results) -> dict[str, list[Behind]]:
+    """By size and tokens a parameter, large caches first; only what is made."""
+    found = {}
+    for study, recipe in BY_LENGTH:
+        arms = {arm: f"{recipe}{arm}" for arm in BY_CACHE if f"{recipe}{arm}" in STUDIES[study]}
+        rows = {arm: results.trained(study, name) for arm, name in arms.items()}
+        rows = {arm: of for arm, of in rows.items() if of}
+        if len(rows) < 2 or "mha_norm" not in rows:
+            continue
+        loss = {arm: statistics.mean(row["val_loss"] for row in of) for arm, of in rows.items()}
+        first = rows["mha_norm"][0]
+        ratio = f"{first['tokens'] / first['params']:.1f} tokens a parameter"
+        ratio += ", one seed" if min(map(len, rows.values())) == 1 else ""
+        found[f"{first['params'] / 1e6:.0f}M, {ratio}"] = [
+            Behind(BY_CACHE[arm], of[0]["attn"], of[0]["cache_share"], loss[arm] - loss["mha_norm"])
+            for arm, of in rows.items()
+        ]
+    return found
+
+
+def behind_plot(results: Results) -> Figure | None:
+    """How far behind MHA a smaller cache is, a line for each size and length of training."""
+    lines = behind_mha(results)
+    if not lines:
+        return None
+    figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+    ax = figure.subplots()
+    names = {}
+    for line, points in lines.items():
+        shares, nats = ([getattr(p, of) for p in points] for of in ("cache_share", "nats"))
+        ax.plot(shares, nats, color="0.6", linewidth=1.2, zorder=1)
+        last = points[-1]
+        place = dict(xytext=(-9, 0), textcoords="offset points", ha="right", va="center")
+        ax.annotate(line, (last.cache_share, last.nats), **place, fontsize=9)
+        for point in points:
+            look = dict(color=COLOR[point.attn], marker=MARKER[point.attn], markersize=8)
+            ax.plot(point.cache_share, point.nats, **look)
+            names.setdefault(point.name, point)
+    top = max(point.nats for points in lines.values() for point in points)
+    for name, point in names.items():
+        place = dict(ha="center", va="bottom", fontsize=10, color=COLOR[point.attn])
+        ax.text(point.cache_share, 1.08 * top, name, **place)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "all"])
+    ax.set_xlim(1 / 110, 1.4)
+    ax.set_ylim(-0.05 * top, 1.2 * top)
+    ax.set_xlabel("KV cache, share of MHA's")
+    ax.set_ylabel("nats worse than MHA (0.01: 1% of perplexity)")
+    ax.grid(alpha=0.3)
+    return figure
+
+
 def figure3(results: Results) -> Figure | None:
     """Loss against N D with the power laws, and cache against size, as the paper's Figure 3."""
     points = scaling(results)
@@ -1376,7 +1442,9 @@ def conversion_plot(rows: list[dict], results: Results) -> Figure:
     return figure
 
 
-PLOTS = {"figure1": figure1, "context": context, "figure3": figure3, "length": length}
+PLOTS = dict(
+    figure1=figure1, behind_plot=behind_plot, context=context, figure3=figure3, length=length
+)
 
 
 @dataclass
