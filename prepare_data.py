@@ -140,6 +140,8 @@ def scan(corpus: Corpus, files: list[tuple[str, Path]], label: str, tokenizer: s
         raise BadInput(f"{where}: {reason}; there is nothing to learn from it")
     if corpus.separator and not corpus.files and documents <= len(files):
         reason = f"stands between no two documents in {where}"
+        if text.raw and any("\r\n" in next(read_text(path, True), "") for _, path in files):
+            reason += r", whose lines end in \r\n"
         raise BadInput(f"--separator: {reason}; give one that does, or '' for none")
     for split in ("train", "val"):
         if split not in [part.split for part in text.parts]:

@@ -188,9 +188,9 @@ def to_device(ids: np.ndarray, device: torch.device) -> Tensor:
 
 def take(ids: Tensor, starts: Tensor, length: int, device: torch.device) -> Tensor:
     """ids[s : s + length] for each s of starts (B,): (B, length), int64."""
-    at = starts.to(ids.device, non_blocking=True)[:, None]  # (B, 1)
-    at = at + torch.arange(length, device=ids.device)  # (B, length)
-    tokens = ids[at].to(device, non_blocking=True).long()
+    starts = starts.to(ids.device, non_blocking=True)  # a CPU or a CUDA GPU
+    at = starts[:, None] + torch.arange(length, device=ids.device)  # (B, length)
+    tokens = ids[at].to(device, non_blocking=device.type != "mps").long()  # pytorch#189690
     return tokens & 0xFFFF if ids.dtype == torch.int16 else tokens  # to_device made them signed
 
 

@@ -1,6 +1,7 @@
 """The command line: flags by tyro, and one clear line instead of a traceback."""
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 import tqdm
 import tyro
 
+from support.files import WINDOWS
 from support.help import grouped
 
 # disable=None: shown on terminals only
@@ -44,14 +46,19 @@ def run_command(
         exit_with(f"error: {e}", 2)
     except KeyboardInterrupt:
         exit_with("interrupted", 130)
-    except BrokenPipeError:
-        # or Python complains when it flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as a shell reports it
     except OSError as e:
+        if reader_has_gone(e):
+            # or Python complains when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # as a shell reports it
         if e.errno is None:  # not from the operating system
             raise
         exit_with(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e.strerror}", 2)
+
+
+def reader_has_gone(e: OSError) -> bool:
+    """Did whoever read the output end? Windows says EINVAL of a closed pipe."""
+    return isinstance(e, BrokenPipeError) or (WINDOWS and e.errno == errno.EINVAL)
 
 
 def prepare_streams() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from support.cli import BadInput, progress_bar
+from support.files import rename
 from support.text_files import DOWNLOADS, LONGEST_SEPARATOR, checksum, describe, find_texts
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -278,7 +279,7 @@ def download(dataset: str, file: File, folder: Path) -> Path:
         raise BadInput(
             f"--dataset {dataset}: {file.url} gave {got}, not {right}, and was removed; {way_out}"
         )
-    part.replace(path)
+    rename(part, path)
     return path
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import mfa
 from mfa import GPT, Attention, Block, KVCache, alibi, at_least_float32
-from support.machine import attention_kernels
+from support.machine import attention_kernels, can_compile
 
 try:
     import triton
@@ -63,7 +63,7 @@ def fastest_attention(model: GPT) -> str:
     A plug-in's own from_cache would have to go through the whole capacity for it at each step.
     """
     weight = model.embed.weight
-    if triton is None or not weight.is_cuda or weight.dtype == torch.float64:
+    if triton is None or not can_compile(weight.device) or weight.dtype == torch.float64:
         return "sdpa"
     for block in model.blocks:
         if from_cache_computes(block.attn) and not rotates_on_read(block.attn):
@@ -102,7 +102,7 @@ class Decoder:
         self.attention_to_logits = attention_to_logits
         self.keys_and_values = keys_and_values
         if compiled is None:
-            compiled = self.cuda and triton is not None
+            compiled = triton is not None and can_compile(model.embed.weight.device)
         if compiled:
             self.compile()
         self.cache = None  # a weak reference: the next cache can lie where this one lay

@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+WINDOWS = os.name == "nt"
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "Desktop.ini", "Icon\r"}
 
 
@@ -32,9 +34,21 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        rename(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def rename(new: Path, path: Path) -> None:
+    """new in the place of path. Windows refuses while another program has path open, a virus
+    scanner, say: there it is tried for 3 seconds.
+    """
+    for wait in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if WINDOWS else ():
+        with contextlib.suppress(PermissionError):
+            return os.replace(new, path)
+        time.sleep(wait)
+    with name_the_file(path):
+        os.replace(new, path)
 
 
 def sha256_of(path: Path) -> str:
@@ -51,8 +65,8 @@ def replace_folder(new: Path, folder: Path, names: set[str]) -> None:
     old = backup_of(folder)
     try:
         if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+            rename(folder, old)
+        rename(new, folder)
     except BaseException:
         if old.exists() and not folder.exists():
             old.rename(folder)

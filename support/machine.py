@@ -6,6 +6,7 @@
 import atexit
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import os
 import shutil
@@ -25,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mfa import GPT
-from support.cli import BadInput
+from support.cli import BadInput, reader_has_gone
+from support.files import WINDOWS
 
 # --------------------------------------------------------------------------------------------------
 # Device and dtype
@@ -34,38 +36,79 @@ from support.cli import BadInput
 def pick_device(name: str) -> torch.device:
     """The device called name; for "auto", what this machine has: cuda, else mps, else cpu."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        return working_device()
+    device, why = tried(name)
+    if device is None:
+        what = f"does not work: {why}" if device_is_there(name) else "not on this machine"
+        raise BadInput(f"--device {name}: {what}; --device auto takes what there is")
+    return device
+
+
+def device_is_there(name: str) -> bool:
+    """Does PyTorch say so of cuda, cuda:1, mps?"""
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    return there.get(name.partition(":")[0], lambda: False)()
+
+
+def tried(name: str) -> tuple[torch.device | None, str]:
+    """The device, None if nothing can be computed on it, and the first line of why."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
-        what = "not on this machine; --device auto takes what there is"
-        raise BadInput(f"--device {name}: {what}") from e
-    return device
+        return None, str(e).partition("\n")[0]
+    return device, ""
+
+
+@functools.cache
+def working_device() -> torch.device:
+    """The first that works; one that is there and does not, as a GPU too old for this torch, is
+    passed over, and that is said once.
+    """
+    for name in filter(device_is_there, ("cuda", "mps")):
+        device, why = tried(name)
+        if device is not None:
+            return device
+        print(f"--device auto: {name} is there, but does not work: {why}", file=sys.stderr)
+    return torch.device("cpu")
+
+
+@functools.cache
+def has_bfloat16(device: torch.device) -> bool:
+    """Does a CUDA GPU compute in it, not by emulation?"""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; for "auto" bfloat16 on a GPU that has it, else float32."""
     if name == "auto":
-        cuda = device.type == "cuda"
-        fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if fast else "float32"
+        name = "bfloat16" if device.type == "cuda" and has_bfloat16(device) else "float32"
     return getattr(torch, name)
 
 
 def can_compile(device: torch.device) -> bool:
-    """torch.compile always pays on a GPU; it needs Triton (not on Windows) and capability 7."""
+    """torch.compile always pays on a GPU; it needs capability 7, Triton and Triton's C compiler."""
     has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return has_triton and torch.cuda.get_device_capability(device) >= (7, 0)
+    capable = has_triton and torch.cuda.get_device_capability(device) >= (7, 0)
+    return capable and (WINDOWS or has_compiler("CC", "gcc", "clang", "cc"))
 
 
 def require_compiler(device: torch.device) -> None:
     """BadInput if --compile cannot work here."""
-    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        what = "needs a C++ compiler on a CPU, and there is no g++, clang++ or cl"
+    names = ("CXX", "cl") if WINDOWS else ("CXX", "g++", "clang++")
+    if device.type == "cpu" and not has_compiler(*names):
+        what = f"needs a C++ compiler on a CPU, and there is no {' or '.join(names[1:])}"
         raise BadInput(f"--compile {what}: leave it out")
+    if device.type == "cuda" and not can_compile(device):
+        what = "needs Triton, a C compiler (gcc or clang) and a GPU of capability 7 or more"
+        raise BadInput(f"--compile {what}: give --no-compile")
+
+
+def has_compiler(variable: str, *names: str) -> bool:
+    """Is one of them there, or the one that the environment names?"""
+    own = os.environ.get(variable)
+    return any(map(shutil.which, (own, *names) if own else names))
 
 
 def keep_memory(device: torch.device) -> None:
@@ -108,7 +151,7 @@ class Signals:
     of Python itself, which Ctrl-C in the main thread brings about, counts as SIGINT and waits.
     """
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is unknown to Windows
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last two: unknown, known to Windows
 
     def __init__(self):
         self.caught, self.before, self.left = 0, {}, threading.Event()
@@ -222,7 +265,9 @@ class Machine:
             return
         try:
             print(line, flush=True)
-        except BrokenPipeError:
+        except OSError as e:
+            if not reader_has_gone(e):
+                raise
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
             self.signals.caught = self.signals.caught or PIPE_CLOSED
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa import MFA, MHA, MLA, Attention
+from support.machine import has_bfloat16
 
 A, B, C = 3.4445, -4.7750, 2.0315  # the quintic x -> A x + B x^3 + C x^5 of Jordan et al.
 SMALL = 1 << 24  # elements up to which a GPU takes longer to launch a step than to run it
@@ -22,9 +23,9 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     """Nearly U V^T for G = U S V^T, (..., r, c): its singular values are moved to about 1.
 
     Newton-Schulz: each step applies the quintic to the singular values, which products do without
-    a decomposition. In bfloat16 on a GPU, where that is fast and good enough.
+    a decomposition. In bfloat16 on a GPU that has it, where that is fast and good enough.
     """
-    X = G.to(torch.bfloat16) if G.is_cuda else G
+    X = G.to(torch.bfloat16) if G.is_cuda and has_bfloat16(G.device) else G
     X = X.reshape(-1, *G.shape[-2:])  # (matrices, r, c)
     tall = X.shape[-2] > X.shape[-1]
     if tall:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mfa import GPT, Config
 from support.cli import BadInput
-from support.files import name_the_file, write_atomically
+from support.files import name_the_file, rename, write_atomically
 from support.plugins import load_plugin_of
 
 try:
@@ -105,7 +105,7 @@ def unfit(e: Exception, path: Path) -> BadInput:
 
 def append_line(path: Path, row: dict) -> None:
     """One line of JSON more, on the disk when this returns."""
-    with name_the_file(path), open(path, "a", encoding="utf-8") as file:
+    with name_the_file(path), open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -213,8 +213,9 @@ class Run:
     def log(self, **row) -> None:
         """A row of metrics.jsonl."""
         if self.writes:
-            with name_the_file(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            path, line = self.metrics, json.dumps(row) + "\n"
+            with name_the_file(path), open(path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(line)
         if self.tracker:
             self.tracker.log(**row)
 
@@ -233,7 +234,7 @@ class Run:
         part.unlink(missing_ok=True)
         try:
             os.link(path, part)
-            os.replace(part, other)
+            rename(part, other)
         except OSError:
             write_atomically(other, lambda file: file.write(path.read_bytes()))
 

@@ -10,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before support/decode.py is imported: its kernel then runs on a CPU
+if os.name == "nt":
+    os.environ["USE_LIBUV"] = "0"  # which PyTorch's wheels for Windows lack: torchrun fails without this
 signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it is ignored, and so it would be in the commands tested
 
 
@@ -20,7 +22,7 @@ def data(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("data")
     text = (Path(__file__).resolve().parents[1] / "data" / "shakespeare.txt").read_text(encoding="utf-8")
-    (folder / "play.txt").write_text(text[:20_000], encoding="utf-8")
+    (folder / "play.txt").write_text(text[:20_000], encoding="utf-8", newline="\n")
     prepare(file=str(folder / "play.txt"), data_dir=folder)
     return folder
 

@@ -81,7 +81,7 @@ def test_what_is_typed_outside_ascii_is_what_is_meant_whatever_the_locale(tmp_pa
     assert said.split("\n\n")[1].startswith("été")
 
 
-@pytest.mark.parametrize("text", ["été", "東京", "", "plain", "\ud800", os.fsdecode(b"caf\xe9")])
+@pytest.mark.parametrize("text", ["été", "東京", "", "plain", "\ud800", "caf\udce9"])
 def test_what_was_typed_in_utf8_or_cannot_be_known_stays_as_it_is(text):
     assert typed(text) == text
 

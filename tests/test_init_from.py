@@ -32,7 +32,7 @@ def origins(data, tmp_path_factory):
     """Runs of MHA on play.txt in three tokenizers, and a second text of the same characters, other.txt."""
     folder = tmp_path_factory.mktemp("origins")
     play = (data / "play.txt").read_text(encoding="utf-8")
-    (folder / "other.txt").write_text(play[::-1], encoding="utf-8")
+    (folder / "other.txt").write_text(play[::-1], encoding="utf-8", newline="\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.Progress, "plot", lambda *_: None)
         patch.setattr(trainer.Progress, "finish", lambda *_: None)
@@ -88,7 +88,7 @@ def test_the_text_is_encoded_by_the_checkpoint_s_tokenizer_in_a_data_set_of_its_
 
 
 def test_the_first_character_that_the_tokenizer_lacks_is_named(origins, tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("to be, or\n" * 900 + "ça été\n" * 100, encoding="utf-8")
+    (tmp_path / "mine.txt").write_text("to be, or\n" * 900 + "ça été\n" * 100, encoding="utf-8", newline="\n")
     assert run_train(*beginning(origins, tmp_path, file=str(tmp_path / "mine.txt"))) == 2
     err = capsys.readouterr().err
     what = "mine.txt: character 'ç' (U+00E7) at position 9,000 is not among the 58 characters of the checkpoint's tokenizer"
@@ -182,7 +182,7 @@ def test_another_version_of_that_attention_is_refused(data, origins, tmp_path, c
 
 
 def test_documents_of_the_other_text_are_divided_by_the_separator(origins, tmp_path):
-    (tmp_path / "mine.txt").write_text("to be, or\n\nnot to be\n\n" * 100, encoding="utf-8")
+    (tmp_path / "mine.txt").write_text("to be, or\n\nnot to be\n\n" * 100, encoding="utf-8", newline="\n")
     flags = beginning(origins, tmp_path, "byte", str(tmp_path / "mine.txt"))
     assert run_train(*flags, "--separator=\\n\\n", "--max_iters=1") == 0
     _, _, meta = load(next((tmp_path / "data").iterdir()))

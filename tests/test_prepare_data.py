@@ -71,7 +71,7 @@ def test_a_folder_is_split_by_document_and_each_ends_with_the_end_of_text(tmp_pa
     own = tmp_path / "own"
     (own / "sub").mkdir(parents=True)
     for i in range(21):
-        (own / "sub" / f"{i:02}.txt").write_text(f"document {i:02}\n", encoding="utf-8")
+        (own / "sub" / f"{i:02}.txt").write_text(f"document {i:02}\n", encoding="utf-8", newline="\n")
     (own / "empty.txt").write_bytes(b"")
     (own / "picture.png").write_bytes(b"\x89PNG\0\0")
     (own / ".hidden").write_text("secret", encoding="utf-8")
@@ -145,7 +145,7 @@ def test_the_command_says_what_there_is_and_what_to_run_next(tmp_path, capsys):
     own = tmp_path / "own"
     own.mkdir()
     for i in range(3):
-        (own / f"{i}.txt").write_text("words and more words\n" * 9, encoding="utf-8")
+        (own / f"{i}.txt").write_text("words and more words\n" * 9, encoding="utf-8", newline="\n")
     flags = ["--file", str(own), "--tokenizer", "byte", "--context", "100", "--data-dir", str(tmp_path)]
     code, out, _ = run(capsys, *flags)
     assert code == 0
@@ -184,14 +184,14 @@ def test_a_failure_while_writing_leaves_the_earlier_state(monkeypatch, tmp_path,
 def test_a_failure_between_the_two_renames_leaves_the_earlier_state(monkeypatch, tmp_path):
     folder = prepare(data_dir=tmp_path)
     before = content(tmp_path)
-    rename = Path.rename
+    replace = os.replace
 
-    def fail(self, target):
-        if self.name.endswith(".tmp"):
+    def fail(path, target):
+        if str(path).endswith(".tmp"):
             raise KeyboardInterrupt
-        return rename(self, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(data_dir=tmp_path, overwrite=True)
     assert content(tmp_path) == before
@@ -218,7 +218,7 @@ def test_what_is_in_the_way_is_left_alone(capsys, tmp_path):
 
 def own(tmp_path, text: str, name: str = "notes.txt") -> Path:
     path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
@@ -230,7 +230,7 @@ def test_a_runs_files_do_not_become_the_text_of_the_next(tmp_path, capsys):
     run = tmp_path / "out" / "tiny-mfa"
     run.mkdir(parents=True)
     (run / "latest.pt").write_bytes(b"PK\3\4\0")
-    (run / "metrics.jsonl").write_text('{"step": 1}\n' * 20, encoding="utf-8")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n' * 20, encoding="utf-8", newline="\n")
     capsys.readouterr()
     assert prepare(file=tmp_path, data_dir=tmp_path / "data") == folder and content(folder) == first
     out = capsys.readouterr().out
@@ -447,7 +447,7 @@ def test_a_folder_is_prepared_again_when_a_text_or_a_name_changes_at_equal_size(
     own = tmp_path / "own"
     own.mkdir()
     for name in "ab":
-        (own / name).write_text(f"text {name}\n" * 9, encoding="utf-8")
+        (own / name).write_text(f"text {name}\n" * 9, encoding="utf-8", newline="\n")
 
     def val() -> str:
         _, ids, meta = load(prepare(file=own, tokenizer="byte", data_dir=tmp_path))
@@ -455,9 +455,9 @@ def test_a_folder_is_prepared_again_when_a_text_or_a_name_changes_at_equal_size(
 
     first, source = val(), load(tmp_path / "file-own-byte")[2]["sources"]
     assert first == "text a\n" * 9
-    (own / "a").write_text("word a\n" * 9, encoding="utf-8")
+    (own / "a").write_text("word a\n" * 9, encoding="utf-8", newline="\n")
     assert val() == "word a\n" * 9
-    (own / "a").write_text("text a\n" * 9, encoding="utf-8")
+    (own / "a").write_text("text a\n" * 9, encoding="utf-8", newline="\n")
     assert val() == first and load(tmp_path / "file-own-byte")[2]["sources"] == source
     (own / "b").rename(own / "c")
     assert val() == first and load(tmp_path / "file-own-byte")[2]["sources"] != source
@@ -484,7 +484,7 @@ def test_a_bpe_may_have_257_tokens_and_all_that_its_text_gives(tmp_path, capsys)
 
 
 def test_a_bpe_has_8192_tokens_if_not_asked_for_others(tmp_path, capsys):
-    (tmp_path / "own.txt").write_text("too short for that\n" * 9, encoding="utf-8")
+    (tmp_path / "own.txt").write_text("too short for that\n" * 9, encoding="utf-8", newline="\n")
     prepare(file=tmp_path / "own.txt", tokenizer="bpe", data_dir=tmp_path)
     assert "--vocab_size 8192: " in capsys.readouterr().out
 
@@ -493,7 +493,7 @@ def test_documents_come_in_the_order_of_their_paths(tmp_path):
     own = tmp_path / "own"
     for name in ("b/1", "a/2", "c", "a/0"):
         (own / name).parent.mkdir(parents=True, exist_ok=True)
-        (own / name).write_text(f"{name}\n" * (1 if name == "c" else 90), encoding="utf-8")
+        (own / name).write_text(f"{name}\n" * (1 if name == "c" else 90), encoding="utf-8", newline="\n")
     train, val, meta = load(prepare(file=own, tokenizer="byte", data_dir=tmp_path))
     documents = [document.split("\n")[0] for document in text_of(train, meta).split(EOT)]
     assert documents == ["a/0", "a/2", "b/1", ""] and text_of(val, meta) == "c\n" + EOT
@@ -501,7 +501,7 @@ def test_documents_come_in_the_order_of_their_paths(tmp_path):
 
 def test_the_command_that_comes_next_has_all_flags_of_this_one(tmp_path, capsys):
     path = tmp_path / "my own.txt"
-    path.write_text("as it was in the beginning\n" * 99, encoding="utf-8")
+    path.write_text("as it was in the beginning\n" * 99, encoding="utf-8", newline="\n")
     flags = ["--tokenizer", "bpe", "--vocab_size", "270", "--data_dir", str(tmp_path)]
     code, out, _ = run(capsys, "--file", str(path), *flags)
     command = shlex.split(out.splitlines()[-1].removeprefix("next: "))
@@ -512,11 +512,11 @@ def test_the_command_that_comes_next_has_all_flags_of_this_one(tmp_path, capsys)
 
 
 def test_all_three_files_are_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
-    said, fsync, rename = [], pd.os.fsync, Path.rename
+    said, fsync, replace = [], pd.os.fsync, os.replace
     monkeypatch.setattr(pd.os, "fsync", lambda f: (said.append("flushed"), fsync(f))[1])
-    monkeypatch.setattr(Path, "rename", lambda a, b: (said.append(Path(b).name), rename(a, b))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (said.append(Path(b).name), replace(a, b))[1])
     prepare(data_dir=tmp_path)
-    assert said == ["flushed"] * 3 + ["shakespeare-char"]
+    assert said == ["flushed", "train.bin", "flushed", "val.bin", "flushed", "meta.json", "shakespeare-char"]
 
 
 def test_bpe_learns_from_the_first_character_on(tmp_path):

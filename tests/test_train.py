@@ -663,7 +663,8 @@ def test_a_run_that_never_began_leaves_no_checkpoint(data, tmp_path, monkeypatch
 
 
 def test_any_folder_name_can_stand_above_the_plot(tmp_path):
-    for name in ("a$b^$c", "lr_$\\frac$", os.fsdecode(b"caf\xe9")):
+    names = ("lr_$\\frac$", os.fsdecode(b"caf\xe9")) if sys.platform == "linux" else ()  # others refuse them
+    for name in ("a$b^$c", *names):
         out = tmp_path / name
         out.mkdir()
         (out / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n', encoding="utf-8")
@@ -834,6 +835,7 @@ def test_a_training_can_be_started_from_a_thread(data, tmp_path):
     assert results[0]["step"] == 20
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no Ctrl-C to one process")
 def test_ctrl_c_saves_a_training_in_a_thread(data, tmp_path):
     flags = [*FLAGS, *text(data), f"--out={tmp_path / 'run'}", "--max_iters=100000", "--eval_interval=100000"]
     script = tmp_path / "notebook.py"
