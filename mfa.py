@@ -850,6 +850,7 @@ class MFAKR(MFA):
         return change if self.cfg.key_reuse == "proj" else x + change
 
     def vo_circuit(self, query: int = 0, key: int = 0) -> Tensor:
+        require(not self.cfg.qk_norm, "qk_norm is in the value, too, so there is no U_c")
         S_k = self.s_k.weight.mT  # (H, C)
         offset = {"pre": 0, "post": key, "inverse": key - query}[self.key_reuse_rope]
         R = self.rotation(offset, S_k, self.cfg.latent)  # (C, C)
@@ -1001,9 +1002,10 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """Logits (B, T, vocab_size) of token ids idx (B, T), and the loss, or None without targets.
 
-        The loss is the mean cross-entropy in nats over the targets (B, T) other than -1; in
-        training, MoE's balance loss is added. Raises ValueError for ids outside the vocabulary (not
-        on a GPU, which would have to wait), more than block_size tokens, and a cache that is full.
+        The loss is the mean cross-entropy in nats over the targets (B, T) other than -1, at t the
+        token that follows idx[:, t]; in training, MoE's balance loss is added. Raises ValueError
+        for ids outside the vocabulary (not on a GPU, which would have to wait), more than
+        block_size tokens, and a cache that is full.
         """
         logits = self.head(self.hidden(idx, cache))  # (B, T, vocab_size)
         if targets is None:

@@ -154,6 +154,12 @@ def test_a_norm_between_the_factors_leaves_no_factorization(case):
             circuit()
 
 
+def test_a_key_with_a_norm_that_is_the_value_leaves_no_output_circuit():
+    assert ATTENTION["mfa_kr"](Config(attn="mfa_kr", latent_norm=True)).vo_circuit().dim() == 3
+    with pytest.raises(ValueError, match="qk_norm is in the value, too, so there is no U_c"):
+        ATTENTION["mfa_kr"](Config(attn="mfa_kr", qk_norm=True)).vo_circuit()
+
+
 @pytest.mark.parametrize("case", ["mfa normed", "mfa_kr normed", "mla joint normed"])
 def test_latent_norm_makes_the_query_blind_to_the_scale_of_s_q(case):
     attn = attention(case, norm_eps=1e-30)

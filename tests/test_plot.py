@@ -229,7 +229,7 @@ def test_what_is_said_of_the_papers_ratio_and_of_recall_is_in_the_results():
     of = {arm: [behind(recipe, arm) for recipe in ("short", "muon")] for arm in ("mfa_norm", "mqa_norm", "mfa_kr_half_norm")}
     assert [*of] == sorted(of, key=lambda arm: of[arm][0]) == sorted(of, key=lambda arm: of[arm][1])
     assert all(0.35 < late / early < 0.51 for early, late in of.values())
-    sentence = "more than halved, too: MFA {:.3f} at 2.2 tokens and {:.3f} at 18.5, MFA-KR {:.3f} and {:.3f} ("
+    sentence = "about halved, too: MFA {:.3f} at 2.2 tokens and {:.3f} at 18.5, MFA-KR {:.3f} and {:.3f} ("
     assert sentence.format(*of["mfa_norm"], *of["mfa_kr_half_norm"]) in text
     long = [results.trained("ratio", f"muon_{arm}") for arm in ("mha_norm", "mfa_norm", "mfa_kr_half_norm")]
     assert [len(found) for found in long] == [1, 1, 1]  # one seed
